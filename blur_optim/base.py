@@ -1,0 +1,82 @@
+"""The base optimizer: made or checked, and stepped with what mixed precision wants it to know."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+
+def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
+    """Return ``base(params, **kwargs)``, or ``base`` itself where it is an instance.
+
+    Raises:
+        TypeError, ValueError: as :class:`blur_optim.BLUR` says.
+    """
+    if isinstance(base, Optimizer):
+        if kwargs:
+            raise TypeError(
+                f"`base` is an instance, so {sorted(kwargs)} cannot reach it. Pass a class, or set them there."
+            )
+        if params is not None and _ids(params) != _ids(base.param_groups):
+            raise ValueError("`params` must be the parameters of `base`, got others. Leave `params` out.")
+        return base
+    if not callable(base):
+        raise TypeError(f"`base` must be an optimizer class, factory or instance, got {base!r}.")
+    if params is None:
+        raise TypeError("`params` must be given, unless `base` is an optimizer instance.")
+    return base(params, **kwargs)
+
+
+def check_base(base: object, own_names: Iterable[str]) -> None:
+    """Refuse what cannot be stepped on ``p.grad`` alone, and hyperparameters that would be mistaken for ours."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"`base` must make a torch.optim.Optimizer, got {type(base).__name__}.")
+    if isinstance(base, LBFGS):
+        raise TypeError("`base` must step on p.grad without a closure of its own, which LBFGS needs.")
+    clash = sorted(set(own_names) & base.defaults.keys())
+    if clash:
+        raise ValueError(
+            f"`base` must not have hyperparameters called {clash}, got {type(base).__name__}: BLUR keeps its own under "
+            "these names. If a BLUR wraps this optimizer already, use that one."
+        )
+
+
+def supports_amp_scaling(base: Optimizer) -> bool:
+    """Whether ``base`` takes ``found_inf`` and ``grad_scale``, as torch's fused optimizers do."""
+    return bool(getattr(base, "_step_supports_amp_scaling", False))
+
+
+def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor | None]) -> None:
+    """Step ``base`` unless ``found_inf`` is 1; None means that nothing was checked.
+
+    Args:
+        amp: what a GradScaler set on the wrapper: ``grad_scale`` and its own ``found_inf``, or nothing.
+
+    A base that takes ``found_inf`` skips on the device. For any other the flag is read: one host synchronisation.
+    """
+    if not supports_amp_scaling(base):
+        if found_inf is None or not found_inf.item():
+            base.step()
+        return
+    if found_inf is not None:
+        other = amp.get("found_inf")
+        amp = {**amp, "found_inf": found_inf if other is None else torch.maximum(found_inf, other.to(found_inf))}
+    for name, value in amp.items():
+        setattr(base, name, value)
+    try:
+        base.step()
+    finally:
+        for name in amp:
+            delattr(base, name)
+
+
+def _ids(params: Any) -> set[int]:
+    ids: set[int] = set()
+    for item in params:
+        if isinstance(item, dict):
+            ids |= _ids(item["params"])
+        else:
+            ids.add(id(item[1] if isinstance(item, tuple) else item))
+    return ids

@@ -1,0 +1,362 @@
+"""BLUR: the torch.optim-style wrapper. Phases, closures and everything an Optimizer owes to its surroundings."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import AdamW, Optimizer
+
+from blur_optim.base import check_base, make_base, step_base, supports_amp_scaling
+from blur_optim.gradients import pair_gradients
+from blur_optim.kernels import select_backend
+from blur_optim.phases import Phase, Phases
+from blur_optim.projection import Projection, Projector, project_
+from blur_optim.rules import RULES, Rule, UserRule, on_unit_gradients, per_row
+from blur_optim.stash import STASHES
+from blur_optim.statistics import StepStatistics
+
+Closure = Callable[[], Any]
+SCOPES = ("global", "group", "parameter")
+
+
+class BLUR(Optimizer):
+    r"""Step along the forget gradient and the part of the retain gradient that does not undo it.
+
+    .. math::
+        u = a\,g_f + b\,g_r, \qquad a = \gamma - \alpha\,\langle g_r, g_f\rangle/\|g_f\|^2, \quad b = \alpha
+        \qquad \text{(arXiv:2506.08164)}
+
+    ``base`` applies :math:`u` as if it were the gradient. ``param_groups``, ``state``, ``defaults``, ``state_dict``
+    and hooks are the base optimizer's own; hooks receive the base optimizer.
+
+    Example::
+
+        opt = BLUR(model.parameters(), base=torch.optim.AdamW, gamma=1.0, lr=1e-5)
+        forget_loss, retain_loss = opt.step(forget_closure, retain_closure)
+
+    Args:
+        params: what ``base`` takes: parameters, named parameters or param groups. A group may carry its own ``gamma``
+            and ``retain_weight``. Leave it out where ``base`` is an instance.
+        base: an optimizer class, a factory called as ``base(params, **base_kwargs)``, or an optimizer instance.
+        gamma: weight of the forget gradient; >= 0. Kept in every param group, so schedulers may change it.
+        retain_weight: :math:`\alpha`, weight of the retain gradient; >= 0. Kept in every param group.
+        rule: ``"blur"``, ``"retain_first"``, ``"conflict"``, ``"barrier"``, ``"weighted_sum"``, ``"normalized"``, or a
+            callable ``(dots, gamma, alpha) -> (a, b)`` on 0-d float64 tensors; see :mod:`blur_optim.rules`.
+        normalize: apply the rule to :math:`g_f/\|g_f\|` and :math:`g_r/\|g_r\|`.
+        scope: over what the dots are summed: ``"global"`` (the paper), ``"group"`` or ``"parameter"``.
+        max_grad_norm: clip :math:`\|u\|` to this, as ``clip_grad_norm_`` would, without its pass. None: no clipping.
+        stash: where the forget gradients wait: ``"reference"``.
+        backend: kernels to use, see :mod:`blur_optim.kernels.select`; None takes the default.
+        **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ...
+
+    Raises:
+        TypeError: ``base`` is not an optimizer, or needs a closure of its own.
+        ValueError: a value is out of range.
+    """
+
+    _last: Projection | None
+    _found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: Any = None,
+        base: Callable[..., Optimizer] | Optimizer = AdamW,
+        *,
+        gamma: float = 1.0,
+        retain_weight: float = 1.0,
+        rule: str | UserRule = "blur",
+        normalize: bool = False,
+        scope: str = "global",
+        max_grad_norm: float | None = None,
+        stash: str = "reference",
+        backend: str | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        # Optimizer.__init__ is not called: it would make param groups, state and hooks beside the base's.
+        _check_weight("gamma", gamma)
+        _check_weight("retain_weight", retain_weight)
+        _check_choice("scope", scope, SCOPES)
+        _check_choice("stash", stash, STASHES)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"`max_grad_norm` must be positive or None, got {max_grad_norm!r}.")
+        select_backend(backend)
+        _make_rule(rule, normalize)
+        self.rule, self.normalize, self.scope = rule, normalize, scope
+        self.max_grad_norm, self.stash, self.backend = max_grad_norm, stash, backend
+        self.base = make_base(params, base, base_kwargs)
+        self._own_defaults = {"gamma": gamma, "retain_weight": retain_weight}
+        check_base(self.base, self._own_defaults)
+        self._install_defaults()
+        self._skipped = torch.zeros((), dtype=torch.int64)
+        self._begin()
+
+    # -- The step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, forget: Closure | None = None, retain: Closure | None = None, *, closure: None = None
+    ) -> tuple[Any, Any] | None:
+        """Take one optimizer step.
+
+        Args:
+            forget, retain: functions of no argument that compute a loss, call ``backward`` (as often as they like) and
+                return the loss. Where one leaves no gradient and returns a differentiable loss, ``backward`` is called
+                for it. They run with gradients enabled, ``forget`` first. No gradient is left afterwards.
+                Without them: the step of the base optimizer on ``p.grad``, which holds the update after ``with
+                opt.forget()`` and ``with opt.retain()``.
+            closure: None, the value by which checkpointing code and engines call every optimizer.
+
+        Returns:
+            What the two closures returned; None without them.
+
+        Raises:
+            TypeError: one closure instead of two.
+            RuntimeError: the step is called inside a phase or between the two, or gradients of unknown origin are
+                present. A closure's own exception passes through; parameters and state are then as before.
+        """
+        if closure is not None or (forget is None) != (retain is None):
+            raise TypeError(
+                "`step` must be given two closures, step(forget, retain), or none after the forget and retain phases, "
+                "got one. BLUR needs the two gradients apart: split the closure in two."
+            )
+        if forget is None or retain is None:
+            with self._abandoning_on_error():
+                self._phases.check_step()
+                self._base_step()
+            return None
+        with self._abandoning_on_error():
+            self._phases.check_closures(self._has_gradients())
+        with self.forget():
+            forget_loss = self._evaluate(forget, "forget")
+        with self.retain():
+            retain_loss = self._evaluate(retain, "retain")
+        try:
+            self._base_step()
+        finally:
+            self._discard()
+        return forget_loss, retain_loss
+
+    @contextmanager
+    def forget(self) -> Iterator[None]:
+        """Open the forget phase: every backward pass of the forget loss belongs in this context.
+
+        Raises:
+            RuntimeError: another phase is open, a forget phase waits for its retain phase, or ``p.grad`` still holds
+                the last update.
+        """
+        with self._abandoning_on_error():
+            self._phases.begin_forget(self._has_gradients())
+            yield
+            self._stash.take(self._params())
+            self._phases.end_forget()
+
+    @contextmanager
+    def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> Iterator[None]:
+        """Open the retain phase: every backward pass of the retain loss belongs in this context.
+
+        On exit ``p.grad`` holds the update; ``step()`` and ``zero_grad()`` follow.
+
+        Args:
+            grad_scale: under a loss scale, the GradScaler, or the factor that both losses were multiplied with. Needed
+                where the update depends on the size of the gradients: for ``max_grad_norm``, ``normalize``, a rule of
+                your own, and for ``statistics`` in true units. ``scaler.step(opt)`` then unscales the update.
+
+        Raises:
+            RuntimeError: no forget phase precedes, or gradients appeared since it ended.
+        """
+        with self._abandoning_on_error():
+            self._phases.begin_retain(self._has_gradients())
+            yield
+            with torch.no_grad():
+                self._project(grad_scale)
+            self._phases.end_retain()
+
+    @property
+    def statistics(self) -> StepStatistics | None:
+        """What the last projection saw, as device tensors; None before the first. Reading them is what synchronises."""
+        if self._last is None:
+            return None
+        p = self._last
+        return StepStatistics(p.dots, p.a, p.b, p.update_norm, self._skipped)
+
+    # -- What an Optimizer owes to its surroundings ------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's param groups, with ``gamma`` and ``retain_weight`` in each."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state; BLUR adds none."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults, with ``gamma`` and ``retain_weight``."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients. Outside a phase this also discards forget gradients that wait for their retain phase."""
+        self.base.zero_grad(set_to_none)
+        if not self._phases.is_open:
+            self._end_step()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the base optimizer; ``gamma`` and ``retain_weight`` default as for the others."""
+        for name in self._own_defaults.keys() & param_group.keys():
+            _check_weight(name, param_group[name])
+        self.base.add_param_group(param_group)
+        self._install_defaults()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict; the bare base optimizer can load it."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of BLUR or of its bare base; groups without ``gamma`` and ``retain_weight`` keep theirs."""
+        present = [{name: group[name] for name in self._own_defaults} for group in self.param_groups]
+        self.base.load_state_dict(state_dict)
+        for group, weights in zip(self.param_groups, present, strict=True):
+            for name, value in weights.items():
+                group.setdefault(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Hook registries, and whatever the base offers beyond Optimizer (train() and eval() of a schedule-free one).
+        if name == "base":  # Not there yet while unpickling.
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A step that a learning-rate scheduler wrapped is a closure over this object; torch drops it too.
+        per_step = ("_phases", "_stash", "_found_inf", "_scale_needed", "_last", "step")
+        return {name: value for name, value in self.__dict__.items() if name not in per_step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __repr__(self) -> str:
+        return f"BLUR (rule={self.rule!r}, normalize={self.normalize}, scope={self.scope!r}) over {self.base!r}"
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler.step asks every optimizer for this, and on one that does not unscale by itself it leaves no other
+        # trace: the one chance to notice that u was made without knowing the loss scale that it depends on.
+        if self._phases.current is Phase.PROJECTED and self._scale_needed:
+            raise RuntimeError(
+                "BLUR must know the loss scale for `max_grad_norm`, `normalize` and rules that depend on the size of the "
+                "gradients. Pass the GradScaler to the retain phase: with opt.retain(grad_scale=scaler)."
+            )
+        return supports_amp_scaling(self.base)
+
+    # -- Inside a step -----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, closure: Closure, name: str) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+            if self._has_gradients() or loss is None:
+                return loss
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+                return loss
+        raise RuntimeError(
+            f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
+            "where there is nothing to compute in this step."
+        )
+
+    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> None:
+        gradients = pair_gradients(self.param_groups, self._stash, self.scope == "parameter")
+        if isinstance(grad_scale, GradScaler):
+            # The scale as a device tensor: get_scale() would read it on the host.
+            grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
+        rule = _make_rule(self.rule, self.normalize)
+        settings = Projector(select_backend(self.backend), rule, self.scope == "global", self.max_grad_norm)
+        self._last = project_(gradients, settings, grad_scale)
+        self._found_inf = self._last.found_inf
+        self._skipped = self._found_inf.long() + self._skipped.to(self._found_inf.device)
+        depends_on_size = self.normalize or self.rule == "normalized" or callable(self.rule)
+        self._scale_needed = grad_scale is None and (depends_on_size or self.max_grad_norm is not None)
+
+    def _base_step(self) -> None:
+        # GradScaler leaves these two on an optimizer that unscales by itself.
+        amp: dict[str, Tensor | None] = {
+            name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
+        }
+        found_inf, self._found_inf = self._found_inf, None
+        step_base(self.base, found_inf, amp)
+
+    # -- Bookkeeping -------------------------------------------------------------------------------------------------
+
+    def _params(self) -> Iterator[Tensor]:
+        # Read anew each time: accelerate replaces the lists in the groups.
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._params())
+
+    def _install_defaults(self) -> None:
+        for name, value in self._own_defaults.items():
+            self.base.defaults.setdefault(name, value)
+            for group in self.param_groups:
+                _check_weight(name, group.setdefault(name, value))
+
+    def _begin(self) -> None:
+        self._phases = Phases()
+        self._stash = STASHES[self.stash]()
+        self._last = None
+        self._end_step()
+
+    def _end_step(self) -> None:
+        self._stash.clear()
+        self._phases.current = Phase.IDLE
+        self._found_inf = None
+        self._scale_needed = False
+
+    def _discard(self) -> None:
+        """Drop every gradient, stashed or not, and with them the step."""
+        for p in self._params():
+            p.grad = None
+        self._end_step()
+
+    @contextmanager
+    def _abandoning_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._discard()
+            raise
+
+
+def _make_rule(rule: str | UserRule, normalize: bool) -> Rule:
+    if callable(rule):
+        made = per_row(rule)
+    else:
+        _check_choice("rule", rule, RULES)
+        made = RULES[rule]
+    return on_unit_gradients(made) if normalize else made
+
+
+def _check_weight(name: str, value: Any) -> None:
+    if not 0 <= float(value) < float("inf"):
+        raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
