@@ -41,6 +41,27 @@ class PairedGradients:
         return self.pairs[0].device if self.pairs else torch.device("cpu")
 
 
+def check_gradients(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse gradients that the kernels cannot take, before anything is done with them.
+
+    Raises:
+        TypeError: a gradient is sparse or a DTensor.
+    """
+    for group_index, group in enumerate(param_groups):
+        for index, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            name = f'param_groups[{group_index}]["params"][{index}]'
+            if p.grad.layout != torch.strided:
+                raise TypeError(
+                    f"The gradient of {name} must be dense, got {p.grad.layout}. Use sparse=False in the embedding."
+                )
+            if hasattr(p.grad, "to_local"):
+                raise TypeError(
+                    f"The gradient of {name} must be a plain tensor, got a DTensor, which BLUR does not take yet."
+                )
+
+
 def pair_gradients(
     param_groups: Sequence[dict[str, Any]], stash: ReferenceStash, per_parameter: bool
 ) -> PairedGradients:
@@ -50,17 +71,15 @@ def pair_gradients(
     the retain gradient, or the forget gradient where there is no other.
 
     Raises:
-        TypeError: a gradient that the kernels cannot take.
         RuntimeError: a retain gradient lies in the memory of a stashed one.
     """
     result = PairedGradients()
     for group_index, group in enumerate(param_groups):
         first = len(result.pairs)
-        for index, p in enumerate(group["params"]):
+        for p in group["params"]:
             forget, retain = stash.pop(p), p.grad
             if forget is None and retain is None:
                 continue
-            _check_gradients(forget, retain, f'param_groups[{group_index}]["params"][{index}]')
             if retain is None:
                 p.grad = forget
             elif _overlaps_itself(retain):
@@ -84,20 +103,6 @@ def _make_pair(forget: Tensor | None, retain: Tensor | None, row: int) -> Pair:
 def _real(grad: Tensor) -> Tensor:
     """A complex gradient as its real and imaginary parts: the inner product of the method is the real one."""
     return torch.view_as_real(grad) if grad.is_complex() else grad
-
-
-def _check_gradients(forget: Tensor | None, retain: Tensor | None, name: str) -> None:
-    for grad in (forget, retain):
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"The gradient of {name} must be dense, got {grad.layout}. Use sparse=False in the embedding layer."
-            )
-        if hasattr(grad, "to_local"):
-            raise TypeError(
-                f"The gradient of {name} must be a plain tensor, got a DTensor, which BLUR does not take yet."
-            )
 
 
 def _check_distinct(pairs: Sequence[Pair]) -> None:

@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
 from blur_optim.base import check_base, make_base, step_base, supports_amp_scaling
-from blur_optim.gradients import pair_gradients
+from blur_optim.gradients import check_gradients, pair_gradients
 from blur_optim.kernels import select_backend
 from blur_optim.phases import Phase, Phases
 from blur_optim.projection import Projection, Projector, project_
@@ -110,7 +110,7 @@ class BLUR(Optimizer):
             closure: None, the value by which checkpointing code and engines call every optimizer.
 
         Returns:
-            What the two closures returned; None without them.
+            What the two closures returned, tensors detached; None without closures.
 
         Raises:
             TypeError: one closure instead of two.
@@ -150,6 +150,7 @@ class BLUR(Optimizer):
         with self._abandoning_on_error():
             self._phases.begin_forget(self._has_gradients())
             yield
+            check_gradients(self.param_groups)
             self._stash.take(self._params())
             self._phases.end_forget()
 
@@ -260,8 +261,8 @@ class BLUR(Optimizer):
         # trace: the one chance to notice that u was made without knowing the loss scale that it depends on.
         if self._phases.current is Phase.PROJECTED and self._scale_needed:
             raise RuntimeError(
-                "BLUR must know the loss scale for `max_grad_norm`, `normalize` and rules that depend on the size of the "
-                "gradients. Pass the GradScaler to the retain phase: with opt.retain(grad_scale=scaler)."
+                "BLUR must know the loss scale for `max_grad_norm`, `normalize` and rules that depend on the size "
+                "of the gradients. Pass the GradScaler to the retain phase: with opt.retain(grad_scale=scaler)."
             )
         return supports_amp_scaling(self.base)
 
@@ -270,17 +271,20 @@ class BLUR(Optimizer):
     def _evaluate(self, closure: Closure, name: str) -> Any:
         with torch.enable_grad():
             loss = closure()
-            if self._has_gradients() or loss is None:
-                return loss
-            if isinstance(loss, Tensor) and loss.requires_grad:
+            missing = loss is not None and not self._has_gradients()
+            if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-                return loss
+                missing = False
+        if not missing:
+            # Detached, so that the graph of the forget loss does not live through the retain phase.
+            return loss.detach() if isinstance(loss, Tensor) else loss
         raise RuntimeError(
             f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
             "where there is nothing to compute in this step."
         )
 
     def _project(self, grad_scale: GradScaler | Tensor | float | None) -> None:
+        check_gradients(self.param_groups)
         gradients = pair_gradients(self.param_groups, self._stash, self.scope == "parameter")
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.

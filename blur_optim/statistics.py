@@ -17,9 +17,9 @@ class StepStatistics:
 
     Args:
         dots: three ``[rows]`` float64 tensors. One row per param group, or per parameter with ``scope="parameter"``.
-        forget_coefficient: ``[rows]`` float64: a in :math:`u = a g_f + b g_r`, the paper's :math:`\xi`; clipping included.
-        retain_coefficient: ``[rows]`` float64: b, clipping included.
-        update_norm: 0-d float64: :math:`\|u\|`, clipping included.
+        forget_coefficient: ``[rows]`` float64: a in :math:`u = a g_f + b g_r`, the paper's :math:`\xi`, after clipping.
+        retain_coefficient: ``[rows]`` float64: b, after clipping.
+        update_norm: 0-d float64: :math:`\|u\|`, after clipping.
         skipped: 0-d int64: steps skipped so far because a gradient was not finite.
     """
 

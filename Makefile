@@ -1,0 +1,45 @@
+# Every target sets up what it needs in $(VENV); nothing has to be installed first but Python >= 3.10.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint format typecheck check bench clean
+
+quickstart: $(VENV)/.examples  ## Unlearn two authors and keep the rest: a table and a figure in quickstart-out/.
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(VENV)/.dev  ## The test suite, without a GPU.
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.dev
+	$(BIN)/mypy
+
+check: lint typecheck test  ## Everything that has to pass before a commit.
+
+bench: $(VENV)/.examples  ## The cost of a step against the weighted sum and the original code's way.
+	$(BIN)/python benchmarks/step_bench.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info quickstart-out
+
+# torch first and pinned: an open range would let pip choose a newer build, of several GB.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+
+$(VENV)/.examples: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ $(VENV)/.examples

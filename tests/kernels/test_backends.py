@@ -1,0 +1,198 @@
+"""Every backend against the float64 reference: values, accuracy, reproducibility."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from blur_optim.kernels import BACKEND_VARIABLE, BACKENDS, foreach, reference, select_backend
+
+FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
+
+# Error of a dot over the product of the norms: one float32 rounding of each product and a few in a chunk's sum, for the
+# low precisions too, since their products are taken in float32. A sum in bfloat16 itself is off by 1e-3.
+DOT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7}
+# Error of an element of the update relative to |a f| + |b r|: float32 rounds three times, the others once, at the end.
+BLEND_TOLERANCE = {torch.float64: 4e-16, torch.float32: 1.8e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+SHAPES = [
+    pytest.param([()], id="0-d"),
+    pytest.param([(0,)], id="0-elements"),
+    pytest.param([(1,)], id="1-element"),
+    pytest.param([(7,), (4, 0), (3, 5), (), (1, 1, 2)], id="small-and-empty"),
+    pytest.param([(foreach.CHUNK_SIZE,)], id="one-chunk"),
+    pytest.param([(foreach.CHUNK_SIZE - 1,), (foreach.CHUNK_SIZE + 1,)], id="around-a-chunk"),
+    pytest.param([(foreach.CPU_SLAB_SIZE + foreach.CHUNK_SIZE + 3,), (64, 33)], id="more-than-a-slab"),
+    pytest.param([(9,)] * 300, id="300-tensors"),
+]
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
+    "every-second-element": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+}
+
+
+def make(shapes, dtype, seed, layout="contiguous"):
+    generator = torch.Generator().manual_seed(seed)
+    return [LAYOUTS[layout](torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def assert_dots_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == torch.float64
+    assert actual.shape == expected.shape
+    forget, retain = expected[:, 1].sqrt(), expected[:, 2].sqrt()
+    scale = torch.stack([forget * retain, forget**2, retain**2], dim=1)
+    assert ((actual - expected).abs() <= DOT_TOLERANCE[dtype] * scale).all()
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", DOT_TOLERANCE, ids=str)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_dots_match_the_reference(backend, dtype, shapes):
+    forget, retain = make(shapes, dtype, seed=0), make(shapes, dtype, seed=1)
+    rows = [0] * len(shapes)
+    actual = BACKENDS[backend].multi_tensor_dots(forget, retain, rows, 1)
+    assert_dots_close(actual, reference.multi_tensor_dots(forget, retain, rows, 1), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", BLEND_TOLERANCE, ids=str)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_blend_matches_the_equation(backend, dtype, shapes):
+    forget, retain = make(shapes, dtype, seed=0), make(shapes, dtype, seed=1)
+    a, b = -1.3, 0.7
+    terms = [(a * f.double(), b * r.double()) for f, r in zip(forget, retain, strict=True)]
+    kept = [f.clone() for f in forget]
+    coefficients = torch.tensor([[a, b]], dtype=torch.float64)
+    BACKENDS[backend].multi_tensor_blend_(retain, forget, coefficients, [0] * len(shapes))
+    for actual, (af, br) in zip(retain, terms, strict=True):
+        assert actual.dtype == dtype
+        assert ((actual.double() - (af + br)).abs() <= BLEND_TOLERANCE[dtype] * (af.abs() + br.abs())).all()
+    assert all(torch.equal(f, k) for f, k in zip(forget, kept, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("forget_layout", LAYOUTS)
+@pytest.mark.parametrize("retain_layout", LAYOUTS)
+def test_layouts_do_not_matter(backend, forget_layout, retain_layout):
+    shapes = [(31, 17), (5,)]
+    plain_f, plain_r = make(shapes, torch.float32, 0), make(shapes, torch.float32, 1)
+    forget, retain = make(shapes, torch.float32, 0, forget_layout), make(shapes, torch.float32, 1, retain_layout)
+    kernels = BACKENDS[backend]
+    dots = kernels.multi_tensor_dots(forget, retain, [0, 0], 1)
+    assert torch.equal(dots, kernels.multi_tensor_dots(plain_f, plain_r, [0, 0], 1))
+    coefficients = torch.tensor([[0.3, -2.0]], dtype=torch.float64)
+    pointers = [r.data_ptr() for r in retain]
+    kernels.multi_tensor_blend_(retain, forget, coefficients, [0, 0])
+    kernels.multi_tensor_blend_(plain_r, plain_f, coefficients, [0, 0])
+    assert all(torch.equal(r, p) for r, p in zip(retain, plain_r, strict=True))
+    assert pointers == [r.data_ptr() for r in retain]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_are_kept_apart(backend):
+    shapes, rows = [(5,), (3, 3), (2,), (70_000,)], [0, 0, 2, 3]
+    forget, retain = make(shapes, torch.float32, 0), make(shapes, torch.float32, 1)
+    kernels = BACKENDS[backend]
+    dots = kernels.multi_tensor_dots(forget, retain, rows, 4)
+    assert torch.equal(dots[1], torch.zeros(3, dtype=torch.float64))
+    for row in (0, 2, 3):
+        mine = [i for i, r in enumerate(rows) if r == row]
+        alone = kernels.multi_tensor_dots([forget[i] for i in mine], [retain[i] for i in mine], [0] * len(mine), 1)
+        assert torch.equal(dots[row], alone[0])
+    coefficients = torch.tensor([[1.0, 0.0], [9.0, 9.0], [0.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+    expected = [forget[0], forget[1], retain[2].clone(), 2 * forget[3]]
+    kernels.multi_tensor_blend_(retain, forget, coefficients, rows)
+    assert all(torch.equal(r, e) for r, e in zip(retain, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DOT_TOLERANCE, ids=str)
+def test_an_absent_gradient_counts_as_zeros(backend, dtype):
+    shapes = [(6, 5), (4,), (foreach.CPU_SLAB_SIZE + 9,), (3,)]
+    forget, retain = make(shapes, dtype, 0), make(shapes, dtype, 1)
+    empty = torch.empty(0, dtype=dtype)
+    forget[1] = retain[2] = retain[3] = empty
+    full_f = [f.clone() if f.numel() else torch.zeros(s, dtype=dtype) for f, s in zip(forget, shapes, strict=True)]
+    full_r = [r.clone() if r.numel() else torch.zeros(s, dtype=dtype) for r, s in zip(retain, shapes, strict=True)]
+    kernels = BACKENDS[backend]
+    expected = reference.multi_tensor_dots(full_f, full_r, [0] * 4, 1)
+    assert_dots_close(kernels.multi_tensor_dots(forget, retain, [0] * 4, 1), expected, dtype)
+    coefficients = torch.tensor([[0.5, -2.0]], dtype=torch.float64)  # Powers of two: exact in every dtype.
+    results = [retain[0], retain[1], forget[2], forget[3]]
+    kernels.multi_tensor_blend_(retain, forget, coefficients, [0] * 4)
+    reference.multi_tensor_blend_(full_r, full_f, coefficients, [0] * 4)
+    assert all(torch.equal(x, y) for x, y in zip(results[1:], full_r[1:], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tensors(backend):
+    dots = BACKENDS[backend].multi_tensor_dots([], [], [], 2)
+    assert torch.equal(dots, torch.zeros(2, 3, dtype=torch.float64))
+    BACKENDS[backend].multi_tensor_blend_([], [], torch.ones(2, 2, dtype=torch.float64), [])
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_dtypes_in_one_row_are_not_mixed_up(backend):
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.float64]
+    forget = [make([(50,)], dtype, i)[0] for i, dtype in enumerate(dtypes)]
+    retain = [make([(50,)], dtype, i + 9)[0] for i, dtype in enumerate(dtypes)]
+    actual = BACKENDS[backend].multi_tensor_dots(forget, retain, [0] * 5, 1)
+    assert_dots_close(actual, reference.multi_tensor_dots(forget, retain, [0] * 5, 1), torch.float32)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dots_have_the_same_bits_on_any_number_of_threads(backend, dtype, restore_threads):
+    shapes = [(3_000_001,), (700, 300), *[(33,)] * 200]
+    forget, retain = make(shapes, dtype, 0), make(shapes, dtype, 1)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results += [BACKENDS[backend].multi_tensor_dots(forget, retain, [0] * 202, 1) for _ in range(3)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def heavy_tailed(n: int, seed: int) -> Tensor:
+    """Layers of scales 1e-4 to 1e-1, with Student-t noise of 3 degrees of freedom: what gradients look like."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n, generator=generator)
+    chi = torch.randn(3, n, generator=generator).square().mean(0).sqrt()
+    return normal / chi * torch.logspace(-4, -1, 16).repeat_interleave(n // 16)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_nearly_orthogonal_heavy_tailed_gradients(backend):
+    # A running float32 sum over these 4M elements has a norm that is off by 1e-4; bfloat16 products by 1e-3.
+    n = 1 << 22
+    forget, retain = heavy_tailed(n, 0), heavy_tailed(n, 1)
+    f, r = forget.double(), retain.double()
+    retain = (r + (1e-5 * r.norm() / f.norm() - (f @ r) / (f @ f)) * f).float()
+    dots = BACKENDS[backend].multi_tensor_dots([forget], [retain], [0], 1)
+    expected = reference.multi_tensor_dots([forget], [retain], [0], 1)
+    scale = (expected[0, 1] * expected[0, 2]).sqrt()
+    assert (dots[0, 0] - expected[0, 0]).abs() < 1e-10 * scale
+    assert ((dots - expected)[0, 1:].abs() < 1e-7 * expected[0, 1:]).all()
+
+
+def test_selection(monkeypatch):
+    assert select_backend() is foreach
+    assert select_backend("reference") is reference
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    assert select_backend() is reference
+    assert select_backend("foreach") is foreach
+    monkeypatch.setenv(BACKEND_VARIABLE, "fortran")
+    with pytest.raises(ValueError, match=r"`BLUR_OPTIM_BACKEND` must be one of .*'foreach'.* got 'fortran'"):
+        select_backend()
+    with pytest.raises(ValueError, match=r"`backend` must be one of .* got 'cuda9'"):
+        select_backend("cuda9")

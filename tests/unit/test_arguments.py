@@ -1,0 +1,81 @@
+"""What BLUR refuses at construction, with the remedy; what it shows of itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from blur_optim import BLUR
+
+
+def params():
+    return [nn.Parameter(torch.zeros(3))]
+
+
+class WithGamma(torch.optim.SGD):
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.defaults["gamma"] = 0.9
+
+
+INVALID = [
+    ("negative gamma", {"gamma": -1.0}, ValueError, r"`gamma` must be finite and >= 0, got -1.0"),
+    ("gamma is nan", {"gamma": float("nan")}, ValueError, r"`gamma` must be finite and >= 0, got nan"),
+    ("infinite retain_weight", {"retain_weight": float("inf")}, ValueError, r"`retain_weight` must be finite"),
+    ("unknown rule", {"rule": "pcgrad"}, ValueError, r"`rule` must be one of .*'blur'.*, got 'pcgrad'"),
+    ("unknown scope", {"scope": "layer"}, ValueError, r"`scope` must be one of .*'parameter'.*, got 'layer'"),
+    ("unknown stash", {"stash": "disk"}, ValueError, r"`stash` must be one of \['reference'\], got 'disk'"),
+    ("unknown backend", {"backend": "mps"}, ValueError, r"`backend` must be one of .*'foreach'.*, got 'mps'"),
+    ("clipping to zero", {"max_grad_norm": 0.0}, ValueError, r"`max_grad_norm` must be positive or None, got 0.0"),
+    ("base is a string", {"base": "adamw"}, TypeError, r"`base` must be an optimizer class.*got 'adamw'"),
+    ("base makes a module", {"base": lambda p: nn.Linear(1, 1)}, TypeError, r"must make a torch.optim.Optimizer"),
+    ("base is LBFGS", {"base": torch.optim.LBFGS}, TypeError, r"without a closure of its own, which LBFGS needs"),
+    ("base uses the name gamma", {"base": WithGamma}, ValueError, r"hyperparameters called \['gamma'\], got WithGamma"),
+    ("base is BLUR", {"base": BLUR}, ValueError, r"hyperparameters called \['gamma', 'retain_weight'\], got BLUR"),
+    ("argument of no one", {"momentun": 0.9}, TypeError, r"momentun"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [c[1:] for c in INVALID], ids=[c[0] for c in INVALID])
+def test_invalid_options(options, error, message):
+    with pytest.raises(error, match=message):
+        BLUR(params(), **options)
+
+
+def test_no_params_and_no_instance():
+    with pytest.raises(TypeError, match=r"`params` must be given, unless `base` is an optimizer instance"):
+        BLUR(base=torch.optim.SGD)
+
+
+def test_weights_of_a_group_are_checked():
+    with pytest.raises(ValueError, match=r"`gamma` must be finite and >= 0, got -2"):
+        BLUR([{"params": params(), "gamma": -2}])
+    opt = BLUR(params())
+    with pytest.raises(ValueError, match=r"`retain_weight` must be finite and >= 0, got -2"):
+        opt.add_param_group({"params": params(), "retain_weight": -2})
+    assert len(opt.param_groups) == 1
+
+
+def test_an_invalid_option_leaves_an_instance_as_it_was():
+    base = torch.optim.SGD(params(), lr=0.1)
+    keys = set(base.defaults), set(base.param_groups[0])
+    with pytest.raises(ValueError, match=r"`rule`"):
+        BLUR(base=base, rule="pcgrad")
+    assert (set(base.defaults), set(base.param_groups[0])) == keys
+
+
+def test_repr_names_rule_and_base():
+    text = repr(BLUR(params(), torch.optim.SGD, lr=0.1, gamma=0.25, rule="barrier"))
+    assert "barrier" in text
+    assert "SGD" in text
+    assert "gamma: 0.25" in text
+
+
+def test_methods_of_the_base_are_at_hand():
+    class Switchable(torch.optim.SGD):
+        def eval(self):
+            return "evaluating"
+
+    opt = BLUR(params(), Switchable, lr=0.1)
+    assert opt.eval() == "evaluating"
+    with pytest.raises(AttributeError, match=r"train"):
+        _ = opt.train

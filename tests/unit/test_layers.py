@@ -1,0 +1,76 @@
+"""Imports go down only, and importing the package is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import blur_optim
+
+PACKAGE = Path(blur_optim.__file__).parent
+
+# Each module may import from those before it. A new module gets its place here.
+LAYERS = [
+    "kernels.plan",
+    "kernels.reference",
+    "kernels.foreach",
+    "kernels.select",
+    "kernels",
+    "rules",
+    "losses",
+    "stash",
+    "gradients",
+    "projection",
+    "statistics",
+    "phases",
+    "base",
+    "optimizer",
+    "",
+]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "blur_optim":
+            base = node.module.removeprefix("blur_optim").lstrip(".")
+            submodules = {f"{base}.{alias.name}".lstrip(".") for alias in node.names} & MODULES.keys()
+            names |= submodules or {base}
+        elif isinstance(node, ast.Import):
+            ours = [alias.name for alias in node.names if alias.name.split(".")[0] == "blur_optim"]
+            names |= {name.removeprefix("blur_optim").lstrip(".") for name in ours}
+    return names
+
+
+def test_every_module_has_a_layer():
+    assert set(LAYERS) == MODULES.keys()
+
+
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "blur_optim")
+def test_imports_go_down(name):
+    position = LAYERS.index(name)
+    for other in imported(MODULES[name]):
+        assert LAYERS.index(other) < position, f"{name or 'blur_optim'} imports {other}, which is above it"
+
+
+def test_the_optimizer_is_found_to_import_the_rules():
+    assert "rules" in imported(MODULES["optimizer"])
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules); import blur_optim; "
+        "heavy = {'triton', 'transformers', 'peft', 'numpy', 'torch.distributed.tensor', 'torch._dynamo'}; "
+        "new = {m for m in set(sys.modules) - before if m in heavy}; "
+        "assert not new, new; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
