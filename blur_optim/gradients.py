@@ -15,11 +15,15 @@ class Pair:
     """The two gradients of one parameter, as real tensors of one shape; an absent one has 0 elements.
 
     Args:
-        row: the row of the dots and of the coefficients that the parameter belongs to.
+        param: the parameter.
+        group: the index of its param group.
+        row: the row of the dots and of the coefficients that it belongs to.
     """
 
+    param: Tensor
     forget: Tensor
     retain: Tensor
+    group: int
     row: int
 
     @property
@@ -39,6 +43,12 @@ class PairedGradients:
     def device(self) -> torch.device:
         """Where the rows' results are computed."""
         return self.pairs[0].device if self.pairs else torch.device("cpu")
+
+    def by_device(self) -> dict[torch.device, list[Pair]]:
+        devices: dict[torch.device, list[Pair]] = {}
+        for pair in self.pairs:
+            devices.setdefault(pair.device, []).append(pair)
+        return devices
 
 
 def check_gradients(param_groups: Sequence[dict[str, Any]]) -> None:
@@ -85,7 +95,7 @@ def pair_gradients(
             elif _overlaps_itself(retain):
                 p.grad = retain = retain.clone(memory_format=torch.contiguous_format)
             row = len(result.pairs) if per_parameter else group_index
-            result.pairs.append(_make_pair(forget, retain, row))
+            result.pairs.append(_make_pair(p, forget, retain, group_index, row))
         rows = len(result.pairs) - first if per_parameter else 1
         result.gammas += [float(group["gamma"])] * rows
         result.alphas += [float(group["retain_weight"])] * rows
@@ -93,11 +103,12 @@ def pair_gradients(
     return result
 
 
-def _make_pair(forget: Tensor | None, retain: Tensor | None, row: int) -> Pair:
+def _make_pair(param: Tensor, forget: Tensor | None, retain: Tensor | None, group: int, row: int) -> Pair:
     present = forget if retain is None else retain
     assert present is not None
     absent = present.new_empty(0)
-    return Pair(_real(absent if forget is None else forget), _real(absent if retain is None else retain), row)
+    forget, retain = (_real(absent if grad is None else grad) for grad in (forget, retain))
+    return Pair(param, forget, retain, group, row)
 
 
 def _real(grad: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
 from blur_optim.base import check_base, make_base, step_base, supports_amp_scaling
-from blur_optim.gradients import check_gradients, pair_gradients
+from blur_optim.fused import fused_step, why_not_fused
+from blur_optim.gradients import PairedGradients, check_gradients, pair_gradients
 from blur_optim.kernels import select_backend
 from blur_optim.phases import Phase, Phases
-from blur_optim.projection import Projection, Projector, project_
+from blur_optim.projection import Projection, Projector, blend_, project
 from blur_optim.rules import RULES, Rule, UserRule, on_unit_gradients, per_row
 from blur_optim.stash import STASHES
 from blur_optim.statistics import StepStatistics
@@ -82,7 +83,7 @@ class BLUR(Optimizer):
         _check_choice("stash", stash, STASHES)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"`max_grad_norm` must be positive or None, got {max_grad_norm!r}.")
-        select_backend(backend)
+        select_backend(backend, torch.device("cpu"))
         _make_rule(rule, normalize)
         self.rule, self.normalize, self.scope = rule, normalize, scope
         self.max_grad_norm, self.stash, self.backend = max_grad_norm, stash, backend
@@ -131,12 +132,11 @@ class BLUR(Optimizer):
             self._phases.check_closures(self._has_gradients())
         with self.forget():
             forget_loss = self._evaluate(forget, "forget")
-        with self.retain():
+        with self._abandoning_on_error():
+            self._phases.begin_retain(self._has_gradients())
             retain_loss = self._evaluate(retain, "retain")
-        try:
-            self._base_step()
-        finally:
-            self._discard()
+            self._project_and_step()
+        self._discard()
         return forget_loss, retain_loss
 
     @contextmanager
@@ -172,7 +172,9 @@ class BLUR(Optimizer):
             self._phases.begin_retain(self._has_gradients())
             yield
             with torch.no_grad():
-                self._project(grad_scale)
+                gradients, settings = self._project(grad_scale)
+                assert self._last is not None
+                blend_(gradients, self._last, settings)
             self._phases.end_retain()
 
     @property
@@ -283,19 +285,31 @@ class BLUR(Optimizer):
             "where there is nothing to compute in this step."
         )
 
-    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> None:
+    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> tuple[PairedGradients, Projector]:
+        """Take the coefficients from the gradients of both phases; what is left is to apply them."""
         check_gradients(self.param_groups)
         gradients = pair_gradients(self.param_groups, self._stash, self.scope == "parameter")
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
         rule = _make_rule(self.rule, self.normalize)
-        settings = Projector(select_backend(self.backend), rule, self.scope == "global", self.max_grad_norm)
-        self._last = project_(gradients, settings, grad_scale)
+        settings = Projector(self.backend, rule, self.scope == "global", self.max_grad_norm)
+        self._last = project(gradients, settings, grad_scale)
         self._found_inf = self._last.found_inf
         self._skipped = self._found_inf.long() + self._skipped.to(self._found_inf.device)
         depends_on_size = self.normalize or self.rule == "normalized" or callable(self.rule)
         self._scale_needed = grad_scale is None and (depends_on_size or self.max_grad_norm is not None)
+        return gradients, settings
+
+    def _project_and_step(self) -> None:
+        gradients, settings = self._project(None)
+        assert self._last is not None
+        if not why_not_fused(self.base, gradients, self.backend):
+            fused_step(self.base, gradients, self._last, self.backend)
+            return
+        blend_(gradients, self._last, settings)
+        del gradients  # The forget gradients: the base's step must not find them in memory.
+        self._base_step()
 
     def _base_step(self) -> None:
         # GradScaler leaves these two on an optimizer that unscales by itself.

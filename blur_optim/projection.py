@@ -1,6 +1,5 @@
 """From two sets of gradients to one: dots, coefficients, blend. The numbers of BLUR, without its bookkeeping."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blur_optim.gradients import Pair, PairedGradients
-from blur_optim.kernels import Backend
+from blur_optim.kernels import Backend, select_backend
 from blur_optim.rules import Dots, Rule, update_norm_sq
 
 
@@ -17,11 +16,12 @@ class Projector:
     """The settings of :class:`blur_optim.BLUR` that the numbers depend on.
 
     Args:
+        backend: a name, or None for the fastest on each device.
         rule: from ``[rows]`` dots to ``[rows]`` coefficients.
         sum_rows: the rule sees the sums over all rows (``scope="global"``) rather than each row's own dots.
     """
 
-    backend: Backend
+    backend: str | None
     rule: Rule
     sum_rows: bool
     max_grad_norm: float | None
@@ -29,7 +29,7 @@ class Projector:
 
 @dataclass(frozen=True)
 class Projection:
-    """What :func:`project_` computed on the way.
+    """What :func:`project` computed.
 
     Args:
         dots: three ``[rows]`` tensors, each row's own part.
@@ -44,35 +44,38 @@ class Projection:
     update_norm: Tensor
     found_inf: Tensor
 
+    @property
+    def coefficients(self) -> Tensor:
+        """``[rows, 2]``: (a, b)."""
+        return torch.stack([self.a, self.b], dim=1)
 
-def project_(gradients: PairedGradients, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
-    """Replace ``retain`` of every pair by the update (``forget``, where retain is absent).
+
+def project(gradients: PairedGradients, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
+    """Compute the coefficients of the update from one pass over both gradients, which are not modified.
 
     Args:
         grad_scale: factor that both losses were multiplied with. The update carries it too; dots, norms, clipping and
             the coefficients are those without it.
 
-    Cost: one pass that reads both gradients, one that reads both and writes one. No host synchronisation.
+    No host synchronisation.
     """
-    by_device: dict[torch.device, list[Pair]] = defaultdict(list)
-    for pair in gradients.pairs:
-        by_device[pair.device].append(pair)
-
     table = torch.zeros(len(gradients.gammas), 3, dtype=torch.float64, device=gradients.device)
-    for pairs in by_device.values():
-        table += _dots(pairs, len(table), settings.backend).to(table.device, non_blocking=True)
-
+    for device, pairs in gradients.by_device().items():
+        backend = select_backend(settings.backend, device)
+        table += _dots(pairs, len(table), backend).to(table.device, non_blocking=True)
     gamma, alpha = (_filled(values, table.device) for values in (gradients.gammas, gradients.alphas))
-    projection = _solve(table, gamma, alpha, settings, grad_scale)
-    coefficients = torch.stack([projection.a, projection.b], dim=1)
-    for device, pairs in by_device.items():
-        settings.backend.multi_tensor_blend_(
+    return _solve(table, gamma, alpha, settings, grad_scale)
+
+
+def blend_(gradients: PairedGradients, projection: Projection, settings: Projector) -> None:
+    """Replace ``retain`` of every pair by the update (``forget``, where retain is absent), in one pass."""
+    for device, pairs in gradients.by_device().items():
+        select_backend(settings.backend, device).multi_tensor_blend_(
             [pair.retain for pair in pairs],
             [pair.forget for pair in pairs],
-            coefficients.to(device, non_blocking=True),
+            projection.coefficients.to(device, non_blocking=True),
             [pair.row for pair in pairs],
         )
-    return projection
 
 
 def _dots(pairs: Sequence[Pair], rows: int, backend: Backend) -> Tensor:

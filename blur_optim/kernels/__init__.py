@@ -1,5 +1,5 @@
 """Multi-tensor operations over lists of gradients; see :mod:`blur_optim.kernels.select` for their signatures."""
 
-from blur_optim.kernels.select import BACKEND_VARIABLE, BACKENDS, Backend, select_backend
+from blur_optim.kernels.select import BACKEND_VARIABLE, BACKENDS, Backend, FusedBackend, select_backend
 
-__all__ = ["BACKENDS", "BACKEND_VARIABLE", "Backend", "select_backend"]
+__all__ = ["BACKENDS", "BACKEND_VARIABLE", "Backend", "FusedBackend", "select_backend"]

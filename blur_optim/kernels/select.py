@@ -1,14 +1,15 @@
-"""The signature that every backend has, and the choice of one."""
+"""The signature that every backend has, and the choice of one for a device."""
 
 import os
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
-from blur_optim.kernels import foreach, reference
+from blur_optim.kernels import foreach, native, reference
 
-#: Environment variable that overrides the default backend (an explicit ``backend=`` argument wins over it).
+#: Environment variable that overrides the choice (an explicit ``backend=`` argument wins over it).
 BACKEND_VARIABLE = "BLUR_OPTIM_BACKEND"
 
 
@@ -42,17 +43,87 @@ class Backend(Protocol):
         """
 
 
-BACKENDS = {"foreach": cast(Backend, foreach), "reference": cast(Backend, reference)}
+class FusedBackend(Backend, Protocol):
+    """A backend that also updates parameters from both gradients; the update itself is never written to memory."""
+
+    def fused_adamw_(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor],
+        forget: Sequence[Tensor],
+        retain: Sequence[Tensor],
+        rows: Sequence[int],
+        coefficients: Tensor,
+        steps: Tensor,
+        lr: Tensor,
+        *,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        eps: float,
+        amsgrad: bool,
+        maximize: bool,
+        decoupled: bool,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take the step of torch.optim.AdamW (``decoupled``) or Adam on ``a * forget + b * retain``.
+
+        Args:
+            params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs: as torch keeps them, modified in place. The last is empty
+                without ``amsgrad``.
+            steps: ``[len(params)]`` float32 on the device: the number of this step, from 1.
+            lr: 0-d float64 on the device.
+            found_inf: 0-d float32 on the device; where it is not 0 nothing is modified.
+        """
+
+    def fused_sgd_(
+        self,
+        params: Sequence[Tensor],
+        momentum_buffers: Sequence[Tensor],
+        forget: Sequence[Tensor],
+        retain: Sequence[Tensor],
+        rows: Sequence[int],
+        coefficients: Tensor,
+        lr: Tensor,
+        *,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        first_step: bool,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take the step of torch.optim.SGD on ``a * forget + b * retain``.
+
+        Args:
+            momentum_buffers: modified in place; empty without momentum. On the ``first_step`` of a parameter its buffer
+                is only written.
+        """
 
 
-def select_backend(name: str | None = None) -> Backend:
-    """Return the backend called ``name``, else the one that ``BLUR_OPTIM_BACKEND`` names, else ``"foreach"``.
+BACKENDS = {
+    "foreach": cast(Backend, foreach),
+    "reference": cast(Backend, reference),
+    "native": cast(FusedBackend, native),
+}
+
+
+def select_backend(name: str | None, device: torch.device) -> Backend:
+    """Return the backend called ``name``, else the one ``BLUR_OPTIM_BACKEND`` names, else the fastest for ``device``.
 
     Raises:
         ValueError: there is no backend of that name.
+        ImportError: the backend of that name does not work here; the message says why.
     """
     source = "backend" if name is not None else BACKEND_VARIABLE
-    name = name or os.environ.get(BACKEND_VARIABLE) or "foreach"
+    name = name or os.environ.get(BACKEND_VARIABLE) or None
+    if name is None:
+        return BACKENDS["foreach" if native.why_not(device) else "native"]
     if name not in BACKENDS:
         raise ValueError(f"`{source}` must be one of {sorted(BACKENDS)}, got {name!r}.")
+    if name == "native" and (reason := native.why_not(device)):
+        raise ImportError(f"`{source}` is {name!r}, which is not available: {reason}")
     return BACKENDS[name]

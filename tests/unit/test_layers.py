@@ -16,6 +16,8 @@ LAYERS = [
     "kernels.plan",
     "kernels.reference",
     "kernels.foreach",
+    "kernels.schema",
+    "kernels.native",
     "kernels.select",
     "kernels",
     "rules",
@@ -26,6 +28,7 @@ LAYERS = [
     "statistics",
     "phases",
     "base",
+    "fused",
     "optimizer",
     "",
 ]

@@ -2,7 +2,9 @@
 
 import ast
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +236,8 @@ class TestIgnoredLabels:
         labels = torch.tensor([[2, 1, 2], [1, -100, -100]])
         log_probs, counts = sequence_log_probs(LOGITS, labels), token_counts(labels)
         assert log_probs.tolist() == pytest.approx([ROW_LOG_PROBS[0], 0.0])
+        expected = -2 / 2.5 * (log_sigmoid(-2.5 / 2 * ROW_LOG_PROBS[0]) + log_sigmoid(0.0)) / 2
+        assert simnpo_loss(log_probs, counts).item() == pytest.approx(expected)
         (grad,) = grad_of(lambda x: simnpo_loss(sequence_log_probs(x, labels), counts), LOGITS)
         assert torch.equal(grad[1], torch.zeros_like(grad[1]))
         assert grad[0].abs().max() > 1e-2
@@ -246,7 +250,9 @@ class TestIgnoredLabels:
         torch.testing.assert_close(grad, torch.tensor([[[-0.25] * 4, [0.0] * 4, [-0.25] * 4]]))
 
     @pytest.mark.parametrize(
-        "loss", [lambda a, m: rmu_forget_loss(a, torch.ones(4), m), lambda a, m: rmu_retain_loss(a, 2 * a, m)]
+        "loss",
+        [lambda a, m: rmu_forget_loss(a, torch.ones(4), m), lambda a, m: rmu_retain_loss(a, 2 * a, m)],
+        ids=["forget", "retain"],
     )
     def test_rmu_empty_mask_gives_zero_and_a_zero_gradient(self, loss):
         activations, mask = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool)
@@ -417,7 +423,7 @@ def lora_llama(llama):
 
 
 class ToyModel(nn.Module):
-    """Bigram logits with a submodule in either mode; records its calls, and raises on demand."""
+    """Bigram logits; a frozen layer that two parents share. Records its calls, and raises on demand."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -425,16 +431,20 @@ class ToyModel(nn.Module):
         self.table = nn.Embedding(40, 40)
         self.dropout = nn.Dropout(0.5)
         self.frozen_norm = nn.LayerNorm(40).eval()
+        self.head = nn.Sequential(self.frozen_norm)
         self.calls = []
         self.error = None
 
     def forward(self, input_ids, **inputs):
         self.calls.append({"input_ids": input_ids, **inputs})
-        modes = {self.training, self.dropout.training, self.frozen_norm.training, torch.is_grad_enabled()}
-        assert modes == {False}
+        assert not any(module.training for module in self.modules())
+        assert not torch.is_grad_enabled()
         if self.error is not None:
             raise self.error
-        return type("Output", (), {"logits": self.frozen_norm(self.dropout(self.table(input_ids)))})
+        return SimpleNamespace(logits=self.head(self.dropout(self.table(input_ids))))
+
+
+TOY_MODES = {"": True, "table": True, "dropout": True, "frozen_norm": False, "head": True}
 
 
 def modes_of(model):
@@ -568,7 +578,7 @@ class TestReferenceMode:
     def test_modes_are_restored_for_every_submodule(self):
         model = ToyModel()
         reference_log_probs(model, BATCH)
-        assert modes_of(model) == {"": True, "table": True, "dropout": True, "frozen_norm": False}
+        assert modes_of(model) == TOY_MODES
         reference_log_probs(model.eval(), BATCH)
         assert set(modes_of(model).values()) == {False}
         assert torch.is_grad_enabled()
@@ -578,7 +588,7 @@ class TestReferenceMode:
         model.error = OSError("disk on fire")
         with pytest.raises(OSError, match="disk on fire"):
             reference_log_probs(model, BATCH)
-        assert modes_of(model) == {"": True, "table": True, "dropout": True, "frozen_norm": False}
+        assert modes_of(model) == TOY_MODES
         assert torch.is_grad_enabled()
 
 
@@ -685,6 +695,13 @@ INT = torch.ones(2, dtype=torch.int64)
 THREE = torch.zeros(3)
 
 
+def readable(value):
+    """The id of a case: the function called, the error's name, the message without its regex marks."""
+    if isinstance(value, str):
+        return re.sub(r"[^\w ]+", "", value)
+    return value.__name__ if isinstance(value, type) else value.__code__.co_names[0]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -722,6 +739,7 @@ THREE = torch.zeros(3)
         (lambda: reference_logits(ToyModel(), {"labels": LABELS}), ValueError, r"`batch` .*, got \['labels'\]\."),
         (lambda: reference_log_probs(ToyModel(), {"input_ids": LABELS}), ValueError, r"'labels'\], got \['input"),
     ],
+    ids=readable,
 )
 def test_wrong_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):

@@ -1,0 +1,154 @@
+"""The step of a known base optimizer taken straight from the two gradients, so that the update is never written.
+
+The base keeps its own state, made by its own initialisation: checkpoints move between this path and the base's ``step``
+in both directions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from blur_optim.base import supports_amp_scaling
+from blur_optim.gradients import Pair, PairedGradients
+from blur_optim.kernels import FusedBackend, select_backend
+from blur_optim.kernels.native import is_dense
+from blur_optim.projection import Projection
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def why_not_fused(base: Optimizer, gradients: PairedGradients, backend: str | None) -> str:
+    """Say why ``base.step()`` has to be taken the plain way; an empty string where it need not."""
+    if type(base) not in _STEPS:
+        return f"{type(base).__name__} has no fused update"
+    if _has_step_hooks(base) or "step" in base.__dict__:
+        return "a hook or a wrapper of step may look at p.grad"
+    devices = {pair.device for pair in gradients.pairs}
+    if len(devices) != 1:
+        return "the parameters are on several devices, or none has a gradient"
+    chosen = select_backend(backend, devices.pop())
+    if not hasattr(chosen, "fused_adamw_"):
+        return "the backend has no fused update"
+    if any(_group_needs_base(group) for group in base.param_groups):
+        return "a param group is capturable or differentiable, or has tensors for betas or momentum"
+    if not all(_fits(pair, base.state.get(pair.param, {})) for pair in gradients.pairs):
+        return "a parameter, gradient or state has an unusual dtype or layout"
+    return ""
+
+
+def fused_step(base: Optimizer, gradients: PairedGradients, projection: Projection, backend: str | None) -> None:
+    """Take the step of ``base`` on the projected update. ``why_not_fused`` must have had no objection."""
+    if not supports_amp_scaling(base) and projection.found_inf.item():
+        return  # As on the plain path: such a base counts its steps on the host, so the host has to know.
+    kernels = cast(FusedBackend, select_backend(backend, gradients.device))
+    for index, group in enumerate(base.param_groups):
+        pairs = [pair for pair in gradients.pairs if pair.group == index]
+        if pairs:
+            _STEPS[type(base)](base, group, pairs, projection, kernels)
+
+
+def _adam_step(
+    base: Optimizer, group: dict[str, Any], pairs: Sequence[Pair], projection: Projection, kernels: FusedBackend
+) -> None:
+    params: list[Tensor] = []
+    lists: list[list[Tensor]] = [[] for _ in range(5)]
+    cast(Any, base)._init_group(group, params, *lists)
+    _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = lists
+    torch._foreach_add_(state_steps, [(1 - projection.found_inf).to(state_steps[0].device)] * len(state_steps))
+    beta1, beta2 = group["betas"]
+    kernels.fused_adamw_(
+        params,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        *_gradient_arguments(pairs, projection),
+        torch.stack(state_steps).to(params[0].device, torch.float32),
+        _lr(group, params[0].device),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+        decoupled=group.get("decoupled_weight_decay", isinstance(base, AdamW)),
+        found_inf=projection.found_inf,
+    )
+
+
+def _sgd_step(
+    base: Optimizer, group: dict[str, Any], pairs: Sequence[Pair], projection: Projection, kernels: FusedBackend
+) -> None:
+    has_momentum = group["momentum"] != 0
+    new = [has_momentum and base.state[pair.param].get("momentum_buffer") is None for pair in pairs]
+    if any(new) and projection.found_inf.item():
+        return  # A buffer that a skipped step has made would be damped in the next.
+    for first_step in set(new):
+        mine = [pair for pair, is_new in zip(pairs, new, strict=True) if is_new == first_step]
+        if first_step:
+            for pair in mine:
+                buffer = torch.empty_like(pair.param, memory_format=torch.preserve_format)
+                base.state[pair.param]["momentum_buffer"] = buffer
+        kernels.fused_sgd_(
+            [pair.param for pair in mine],
+            [base.state[pair.param]["momentum_buffer"] for pair in mine] if has_momentum else [],
+            *_gradient_arguments(mine, projection),
+            _lr(group, mine[0].device),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first_step=first_step,
+            found_inf=projection.found_inf,
+        )
+
+
+_STEPS: dict[type[Optimizer], Callable[..., None]] = {AdamW: _adam_step, Adam: _adam_step, SGD: _sgd_step}
+
+
+def _gradient_arguments(
+    pairs: Sequence[Pair], projection: Projection
+) -> tuple[list[Tensor], list[Tensor], list[int], Tensor]:
+    rows = [pair.row for pair in pairs]
+    return [pair.forget for pair in pairs], [pair.retain for pair in pairs], rows, projection.coefficients
+
+
+def _lr(group: dict[str, Any], device: torch.device) -> Tensor:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        return lr.to(device, torch.float64)
+    return torch.full((), lr, dtype=torch.float64, device=device)
+
+
+def _has_step_hooks(base: Optimizer) -> bool:
+    return bool(
+        base._optimizer_step_pre_hooks
+        or base._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def _group_needs_base(group: dict[str, Any]) -> bool:
+    numbers = (*group.get("betas", ()), group.get("momentum", 0.0), group["weight_decay"], group.get("eps", 0.0))
+    return bool(
+        group.get("capturable") or group.get("differentiable") or any(isinstance(value, Tensor) for value in numbers)
+    )
+
+
+def _fits(pair: Pair, state: dict[str, Any]) -> bool:
+    """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
+    p = pair.param
+    grads = [grad for grad in (pair.forget, pair.retain) if grad.numel()]
+    moments = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == p.dim() and p.dim()]
+    return (
+        p.dtype in _FLOATS
+        and is_dense(p)
+        and all(grad.dtype == p.dtype or p.dtype == torch.float32 for grad in grads)
+        and all(moment.dtype == p.dtype for moment in moments)
+        and all(t.stride() == p.stride() or (t.is_contiguous() and p.is_contiguous()) for t in (*grads, *moments))
+    )

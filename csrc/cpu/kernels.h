@@ -1,0 +1,33 @@
+// The CPU kernels: one table of functions per instruction set, all with the same bits.
+#pragma once
+
+#include "../multi_tensor.h"
+
+namespace blur_optim::cpu {
+
+// Everything works on one chunk: n elements that start at the given pointers.
+struct Kernels {
+  const char* name;
+  // out = <r, f>, |f|^2, |r|^2. f or r may be null.
+  void (*dots)(Dtype, const void* f, const void* r, int64_t n, double out[3]);
+  // r <- a f + b r; into f where r is null, out of b r alone where f is null.
+  void (*blend)(Dtype, void* f, void* r, int64_t n, double a, double b);
+  // AdamW on u = a f + b r, which never leaves the registers. vmax is null without amsgrad.
+  void (*adam)(Dtype param, Dtype grad, void* p, void* m, void* v, void* vmax, const void* f, const void* r, int64_t n,
+               double a, double b, double step, const AdamOptions&);
+  // SGD on u = a f + b r. momentum_buffer is null without momentum.
+  void (*sgd)(Dtype param, Dtype grad, void* p, void* momentum_buffer, const void* f, const void* r, int64_t n, double a,
+              double b, const SgdOptions&);
+};
+
+extern const Kernels kGeneric;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define BLUR_OPTIM_X86 1
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The best table this processor runs, or the one that BLUR_OPTIM_CPU_CAPABILITY (generic, avx2, avx512) names.
+const Kernels& kernels();
+
+}  // namespace blur_optim::cpu

@@ -1,0 +1,351 @@
+// The kernels as templates over dtypes. Each kernels_*.cpp includes this file under another instruction set, after it has
+// defined kGroupVecs: how many vectors of 16 lanes the registers hold three sums for. It gets its own copy in an unnamed
+// namespace. Compiled without contraction into fused multiply-adds, and with explicit lanes where
+// order matters, so that all copies give the same bits.
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace blur_optim::cpu {
+namespace {
+
+template <class To, class From>
+inline To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+// Storage types. Conversions are written in integer arithmetic, which every instruction set vectorises the same way.
+struct BFloat16 {
+  uint16_t x;
+};
+struct Float16 {
+  uint16_t x;
+};
+
+inline float load(float value) { return value; }
+inline double load(double value) { return value; }
+inline float load(BFloat16 value) { return bits<float>(uint32_t(value.x) << 16); }
+inline float load(Float16 value) {
+  // Rebias the exponent by a multiplication, which also normalises denormals; infinity and NaN keep their exponent.
+  const uint32_t magnitude = uint32_t(value.x & 0x7fff) << 13;
+  const uint32_t finite = bits<uint32_t>(bits<float>(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7f800000u;
+  const uint32_t sign = uint32_t(value.x & 0x8000) << 16;
+  return bits<float>((magnitude >= 0x0f800000u ? special : finite) | sign);
+}
+
+inline void store(float& out, float value) { out = value; }
+inline void store(double& out, double value) { out = value; }
+inline void store(BFloat16& out, float value) {
+  const uint32_t x = bits<uint32_t>(value);
+  const uint32_t rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;  // To nearest, ties to even.
+  out.x = uint16_t(value != value ? 0x7fc0u : rounded);
+}
+inline void store(Float16& out, float value) {
+  const uint32_t x = bits<uint32_t>(value);
+  const uint32_t sign = (x >> 16) & 0x8000u;
+  const uint32_t magnitude = x & 0x7fffffffu;
+  // Below 2^-14 adding 0.5 aligns the bits as a denormal has them, and rounds; above, round at bit 13 and rebias.
+  const uint32_t small = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  uint32_t result = magnitude < 0x38800000u ? small : normal;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  out.x = uint16_t(result | sign);
+}
+
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+// 16 elements in the compute dtype. Written as vectors because compilers do not find them in the element-wise form.
+typedef uint16_t Words __attribute__((vector_size(32)));
+typedef uint32_t Ints __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(128)));
+
+template <class V>
+inline V load_as(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline void load16(Floats& out, const float* x) { out = load_as<Floats>(x); }
+inline void load16(Doubles& out, const double* x) { out = load_as<Doubles>(x); }
+inline void load16(Floats& out, const BFloat16* x) {
+  out = (Floats)(__builtin_convertvector(load_as<Words>(x), Ints) << 16);
+}
+inline void load16(Floats& out, const Float16* x) {  // As load(Float16).
+  const Ints words = __builtin_convertvector(load_as<Words>(x), Ints);
+  const Ints magnitude = (words & 0x7fff) << 13, sign = (words & 0x8000) << 16;
+  const Ints finite = (Ints)((Floats)magnitude * 0x1p112f), special = magnitude | 0x7f800000u;
+  const Ints is_special = (Ints)(magnitude >= 0x0f800000u);
+  out = (Floats)((is_special & special) | (~is_special & finite) | sign);
+}
+template <class C>
+struct VectorOf {
+  using type = Floats;
+};
+template <>
+struct VectorOf<double> {
+  using type = Doubles;
+};
+
+// 64 running sums per dot, whatever the vector width: 4 registers of AVX-512, 8 of AVX2.
+constexpr int kLanes = 64;
+constexpr int kVecs = kLanes / 16;
+// Additions into one running sum before it is added to the lane's total. A long float32 run over bfloat16 values is biased:
+// they are so coarse that half of the roundings are ties (1e-6 of the norm over 512 additions, 3e-8 over 16).
+constexpr int kRun = 16;
+
+template <class C>
+struct Lanes {
+  C sum[kLanes] = {};
+
+  void add(const void* run) {
+    C values[kLanes];
+    std::memcpy(values, run, sizeof values);
+    for (int i = 0; i < kLanes; ++i) sum[i] += values[i];
+  }
+
+  // Pairwise, so that the order is fixed.
+  double total() const {
+    double level[kLanes];
+    for (int i = 0; i < kLanes; ++i) level[i] = double(sum[i]);
+    for (int width = kLanes / 2; width; width /= 2)
+      for (int i = 0; i < width; ++i) level[i] += level[i + width];
+    return level[0];
+  }
+};
+
+// Add up to kRun * kLanes elements to the totals. Lanes are independent, so how many of them advance together (kGroup
+// vectors, as the registers allow) does not change a bit.
+template <int kGroup, class T, class C>
+inline void dots_run(const T* __restrict f, const T* __restrict r, int rounds, Lanes<C> totals[3]) {
+  using Vec = typename VectorOf<C>::type;
+  Vec rf[kVecs] = {}, ff[kVecs] = {}, rr[kVecs] = {};
+#pragma GCC unroll 4
+  for (int first = 0; first < kVecs; first += kGroup) {
+    for (int i = 0; i < rounds; ++i) {
+      if (kGroup < kVecs && first == 0)
+        // Passes over every fourth line defeat the hardware's prefetcher: fetch the next run whole, in the first of them.
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          __builtin_prefetch(f + (kRun + i) * kLanes + v * 16);
+          __builtin_prefetch(r + (kRun + i) * kLanes + v * 16);
+        }
+#pragma GCC unroll 4
+      for (int v = first; v < first + kGroup; ++v) {
+        Vec x, y;
+        load16(x, f + i * kLanes + v * 16);
+        load16(y, r + i * kLanes + v * 16);
+        rf[v] += x * y;
+        ff[v] += x * x;
+        rr[v] += y * y;
+      }
+    }
+  }
+  totals[0].add(rf);
+  totals[1].add(ff);
+  totals[2].add(rr);
+}
+
+template <class T>
+void dots_both(const T* __restrict f, const T* __restrict r, int64_t n, double out[3]) {
+  using C = Compute<T>;
+  Lanes<C> totals[3];
+  int64_t i = 0;
+  for (; i + kRun * kLanes <= n; i += kRun * kLanes) dots_run<kGroupVecs>(f + i, r + i, kRun, totals);
+  const int rounds = int((n - i) / kLanes);
+  if (rounds) dots_run<kGroupVecs>(f + i, r + i, rounds, totals);
+  i += rounds * kLanes;
+  for (int j = 0; i < n; ++i, ++j) {
+    const C x = load(f[i]), y = load(r[i]);
+    totals[0].sum[j] += x * y;
+    totals[1].sum[j] += x * x;
+    totals[2].sum[j] += y * y;
+  }
+  for (int k = 0; k < 3; ++k) out[k] = totals[k].total();
+}
+
+template <class T>
+void dots(const void* f, const void* r, int64_t n, double out[3]) {
+  // A lone gradient is paired with itself, for the same bits as beside zeros, and the sums that do not exist are dropped.
+  dots_both(static_cast<const T*>(f ? f : r), static_cast<const T*>(r ? r : f), n, out);
+  if (f && r) return;
+  out[0] = 0;
+  out[f ? 2 : 1] = 0;
+}
+
+template <class T>
+void blend(void* forget, void* retain, int64_t n, double a64, double b64) {
+  using C = Compute<T>;
+  const C a = C(a64), b = C(b64);
+  T* __restrict f = static_cast<T*>(forget);
+  T* __restrict r = static_cast<T*>(retain);
+  if (!r)
+    for (int64_t i = 0; i < n; ++i) store(f[i], a * load(f[i]));
+  else if (!f)
+    for (int64_t i = 0; i < n; ++i) store(r[i], b * load(r[i]));
+  else
+    for (int64_t i = 0; i < n; ++i) store(r[i], b * load(r[i]) + a * load(f[i]));
+}
+
+// The two gradients of an element as one. Specialised on what is there, so that the loop has no branch.
+template <class G, bool kForget, bool kRetain>
+struct Update {
+  using C = Compute<G>;
+  const G* __restrict f;
+  const G* __restrict r;
+  C a, b;
+
+  C operator()(int64_t i) const {
+    if constexpr (kForget && kRetain) return b * load(r[i]) + a * load(f[i]);
+    if constexpr (kForget) return a * load(f[i]);
+    return b * load(r[i]);
+  }
+};
+
+template <class G, class Body>
+void with_update(const void* f, const void* r, double a, double b, bool negate, const Body& body) {
+  using C = Compute<G>;
+  const C x = C(negate ? -a : a), y = C(negate ? -b : b);
+  const G *fs = static_cast<const G*>(f), *rs = static_cast<const G*>(r);
+  if (f && r)
+    body(Update<G, true, true>{fs, rs, x, y});
+  else if (f)
+    body(Update<G, true, false>{fs, rs, x, y});
+  else
+    body(Update<G, false, true>{fs, rs, x, y});
+}
+
+template <class P, bool kAmsgrad, bool kDecoupled, class U>
+void adam_loop(P* __restrict p, P* __restrict m, P* __restrict v, P* __restrict vmax, U u, int64_t n, double step,
+               const AdamOptions& o) {
+  using C = Compute<P>;
+  const C decay = C(kDecoupled ? 1 - o.lr * o.weight_decay : o.weight_decay);
+  const C beta1 = C(o.beta1), beta2 = C(o.beta2), rest1 = C(1 - o.beta1), rest2 = C(1 - o.beta2), eps = C(o.eps);
+  const C step_size = C(o.lr / (1 - std::pow(o.beta1, step)));
+  const C correction2_sqrt = C(std::sqrt(1 - std::pow(o.beta2, step)));
+  for (int64_t i = 0; i < n; ++i) {
+    C param = load(p[i]);
+    C grad = C(u(i));
+    if constexpr (kDecoupled)
+      param *= decay;
+    else
+      grad += decay * param;
+    const C m_new = beta1 * load(m[i]) + rest1 * grad;
+    const C v_new = beta2 * load(v[i]) + rest2 * grad * grad;
+    store(m[i], m_new);
+    store(v[i], v_new);
+    C second = v_new;
+    if constexpr (kAmsgrad) {
+      const C seen = load(vmax[i]);
+      second = seen < v_new ? v_new : seen;
+      store(vmax[i], second);
+    }
+    store(p[i], param - step_size * m_new / (std::sqrt(second) / correction2_sqrt + eps));
+  }
+}
+
+template <class P, class G>
+void adam(void* p, void* m, void* v, void* vmax, const void* f, const void* r, int64_t n, double a, double b,
+          double step, const AdamOptions& o) {
+  with_update<G>(f, r, a, b, o.maximize, [&](auto u) {
+    const auto run = [&](auto loop) {
+      loop(static_cast<P*>(p), static_cast<P*>(m), static_cast<P*>(v), static_cast<P*>(vmax), u, n, step, o);
+    };
+    using U = decltype(u);
+    if (o.amsgrad)
+      o.decoupled ? run(adam_loop<P, true, true, U>) : run(adam_loop<P, true, false, U>);
+    else
+      o.decoupled ? run(adam_loop<P, false, true, U>) : run(adam_loop<P, false, false, U>);
+  });
+}
+
+template <class P, bool kMomentum, bool kNesterov, class U>
+void sgd_loop(P* __restrict p, P* __restrict buffer, U u, int64_t n, const SgdOptions& o) {
+  using C = Compute<P>;
+  const C lr = C(o.lr), decay = C(o.weight_decay), momentum = C(o.momentum);
+  // The first step starts the buffer with the gradient itself, undamped.
+  const C keep = C(o.first_step ? 0 : o.momentum), take = C(o.first_step ? 1 : 1 - o.dampening);
+  for (int64_t i = 0; i < n; ++i) {
+    const C param = load(p[i]);
+    C grad = C(u(i)) + decay * param;
+    if constexpr (kMomentum) {
+      const C moved = keep * (o.first_step ? C(0) : load(buffer[i])) + take * grad;
+      store(buffer[i], moved);
+      grad = kNesterov ? grad + momentum * moved : moved;
+    }
+    store(p[i], param - lr * grad);
+  }
+}
+
+template <class P, class G>
+void sgd(void* p, void* buffer, const void* f, const void* r, int64_t n, double a, double b, const SgdOptions& o) {
+  with_update<G>(f, r, a, b, o.maximize, [&](auto u) {
+    const auto run = [&](auto loop) { loop(static_cast<P*>(p), static_cast<P*>(buffer), u, n, o); };
+    using U = decltype(u);
+    if (!buffer)
+      run(sgd_loop<P, false, false, U>);
+    else
+      o.nesterov ? run(sgd_loop<P, true, true, U>) : run(sgd_loop<P, true, false, U>);
+  });
+}
+
+template <class Visitor>
+void with_dtype(Dtype dtype, const Visitor& visit) {
+  switch (dtype) {
+    case Dtype::Float32: return visit(float());
+    case Dtype::BFloat16: return visit(BFloat16());
+    case Dtype::Float16: return visit(Float16());
+    case Dtype::Float64: return visit(double());
+  }
+}
+
+// Gradients have the parameters' dtype, or a 16-bit one beside float32 parameters.
+template <class Visitor>
+void with_dtypes(Dtype param, Dtype grad, const Visitor& visit) {
+  if (param == grad)
+    with_dtype(param, [&](auto t) { visit(t, t); });
+  else if (grad == Dtype::BFloat16)
+    visit(float(), BFloat16());
+  else
+    visit(float(), Float16());
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {
+      name,
+      [](Dtype d, const void* f, const void* r, int64_t n, double out[3]) {
+        with_dtype(d, [&](auto t) { dots<decltype(t)>(f, r, n, out); });
+      },
+      [](Dtype d, void* f, void* r, int64_t n, double a, double b) {
+        with_dtype(d, [&](auto t) { blend<decltype(t)>(f, r, n, a, b); });
+      },
+      [](Dtype pd, Dtype gd, void* p, void* m, void* v, void* vmax, const void* f, const void* r, int64_t n, double a,
+         double b, double step, const AdamOptions& o) {
+        with_dtypes(pd, gd, [&](auto pt, auto gt) {
+          adam<decltype(pt), decltype(gt)>(p, m, v, vmax, f, r, n, a, b, step, o);
+        });
+      },
+      [](Dtype pd, Dtype gd, void* p, void* buffer, const void* f, const void* r, int64_t n, double a, double b,
+         const SgdOptions& o) {
+        with_dtypes(pd, gd, [&](auto pt, auto gt) { sgd<decltype(pt), decltype(gt)>(p, buffer, f, r, n, a, b, o); });
+      },
+  };
+}
+
+}  // namespace
+}  // namespace blur_optim::cpu

@@ -1,0 +1,234 @@
+// Operator schemas, and the CPU implementations: tensors in, raw pointers and chunks to the kernels.
+//
+// Only torch's stable ABI is used, so that one binary loads in every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "multi_tensor.h"
+
+namespace blur_optim {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using torch::headeronly::ScalarType;
+
+namespace {
+
+Dtype dtype_of(const Tensor& t, const char* name, size_t i) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::Float32;
+    case ScalarType::BFloat16: return Dtype::BFloat16;
+    case ScalarType::Half: return Dtype::Float16;
+    case ScalarType::Double: return Dtype::Float64;
+    default:
+      STD_TORCH_CHECK(false, "`", name, "[", i, "]` must be float32, bfloat16, float16 or float64.");
+  }
+}
+
+size_t element_size(Dtype dtype) { return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : 2; }
+
+void* at(void* base, Dtype dtype, int64_t offset) {
+  return base ? static_cast<char*>(base) + offset * int64_t(element_size(dtype)) : nullptr;
+}
+
+// A pair of gradients as the kernels see it.
+struct Pair {
+  void* forget;
+  void* retain;
+  int64_t numel;
+  Dtype dtype;
+  int64_t row;
+};
+
+std::vector<Pair> make_pairs(const Tensors& forget, const Tensors& retain, const std::vector<int64_t>& rows,
+                             int64_t num_rows) {
+  STD_TORCH_CHECK(forget.size() == retain.size() && forget.size() == rows.size(),
+                  "`forget`, `retain` and `rows` must have one length, got ", forget.size(), ", ", retain.size(), " and ",
+                  rows.size(), ".");
+  std::vector<Pair> pairs;
+  pairs.reserve(forget.size());
+  for (size_t i = 0; i < forget.size(); ++i) {
+    const Tensor &f = forget[i], &r = retain[i];
+    const int64_t nf = f.numel(), nr = r.numel();
+    STD_TORCH_CHECK(nf == nr || nf == 0 || nr == 0, "`forget[", i, "]` must have as many elements as `retain[", i,
+                    "]`, or none, got ", nf, " and ", nr, ".");
+    const Dtype dtype = dtype_of(f, "forget", i);
+    STD_TORCH_CHECK(dtype == dtype_of(r, "retain", i), "`forget[", i, "]` must have the dtype of `retain[", i, "]`.");
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < num_rows, "`rows[", i, "]` must be in [0, ", num_rows, "), got ", rows[i],
+                    ".");
+    // Absent is null, also where both are empty.
+    pairs.push_back({nf ? f.mutable_data_ptr() : nullptr, nr ? r.mutable_data_ptr() : nullptr, nf > nr ? nf : nr, dtype,
+                     rows[i]});
+  }
+  return pairs;
+}
+
+std::vector<Chunk> make_chunks(const std::vector<Pair>& pairs) {
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < pairs.size(); ++i)
+    for (int64_t offset = 0; offset < pairs[i].numel; offset += kChunkSize)
+      chunks.push_back({int64_t(i), offset, std::min(kChunkSize, pairs[i].numel - offset)});
+  return chunks;
+}
+
+template <class Body>
+void for_each_chunk(const std::vector<Pair>& pairs, const std::vector<Chunk>& chunks, const Body& body) {
+  torch::stable::parallel_for(0, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) body(c, chunks[c], pairs[chunks[c].tensor]);
+  });
+}
+
+struct Coefficients {
+  const double* data;
+  explicit Coefficients(const Tensor& t) : data(static_cast<const double*>(t.mutable_data_ptr())) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 && t.size(1) == 2,
+                    "`coefficients` must be a contiguous float64 tensor of shape [rows, 2].");
+  }
+  double a(int64_t row) const { return data[2 * row]; }
+  double b(int64_t row) const { return data[2 * row + 1]; }
+};
+
+void check_like(const Tensors& tensors, const std::vector<Pair>& pairs, const char* name) {
+  STD_TORCH_CHECK(tensors.size() == pairs.size(), "`", name, "` must have ", pairs.size(), " tensors like `retain`, got ",
+                  tensors.size(), ".");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    STD_TORCH_CHECK(tensors[i].numel() == pairs[i].numel, "`", name, "[", i, "]` must have ", pairs[i].numel,
+                    " elements like its gradient, got ", tensors[i].numel(), ".");
+}
+
+bool is_set(const std::optional<Tensor>& flag) {
+  return flag.has_value() && *static_cast<const float*>(flag->mutable_data_ptr()) != 0;
+}
+
+double scalar(const Tensor& t) { return *static_cast<const double*>(t.mutable_data_ptr()); }
+
+// The parameters' dtype, checked against the gradients' and the state's.
+Dtype param_dtype(const Tensor& param, Dtype grad, size_t i) {
+  const Dtype dtype = dtype_of(param, "params", i);
+  STD_TORCH_CHECK(dtype == grad || (dtype == Dtype::Float32 && element_size(grad) == 2), "`params[", i,
+                  "]` must have its gradients' dtype, or be float32 beside 16-bit gradients.");
+  return dtype;
+}
+
+void check_state(const Tensors& state, const Tensors& params, const char* name) {
+  for (size_t i = 0; i < state.size(); ++i)
+    STD_TORCH_CHECK(state[i].scalar_type() == params[i].scalar_type(), "`", name, "[", i,
+                    "]` must have the dtype of `params[", i, "]`.");
+}
+
+std::vector<void*> pointers(const Tensors& tensors) {
+  std::vector<void*> result;
+  result.reserve(tensors.size());
+  for (const Tensor& t : tensors) result.push_back(t.mutable_data_ptr());
+  return result;
+}
+
+}  // namespace
+
+Tensor multi_tensor_dots_cpu(Tensors forget, Tensors retain, std::vector<int64_t> rows, int64_t num_rows) {
+  STD_TORCH_CHECK(!forget.empty(), "`forget` must not be empty.");
+  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, num_rows);
+  const std::vector<Chunk> chunks = make_chunks(pairs);
+  std::vector<std::array<double, 3>> partials(chunks.size());
+  const cpu::Kernels& k = cpu::kernels();
+  for_each_chunk(pairs, chunks, [&](int64_t c, const Chunk& chunk, const Pair& pair) {
+    k.dots(pair.dtype, at(pair.forget, pair.dtype, chunk.offset), at(pair.retain, pair.dtype, chunk.offset), chunk.numel,
+           partials[c].data());
+  });
+  Tensor out = torch::stable::new_zeros(forget[0], {num_rows, 3}, ScalarType::Double);
+  double* sums = static_cast<double*>(out.mutable_data_ptr());
+  for (size_t c = 0; c < chunks.size(); ++c)  // In order, on one thread: the same bits on any number of threads.
+    for (int d = 0; d < 3; ++d) sums[3 * pairs[chunks[c].tensor].row + d] += partials[c][d];
+  return out;
+}
+
+void multi_tensor_blend_cpu(Tensors retain, Tensors forget, Tensor coefficients, std::vector<int64_t> rows) {
+  const Coefficients weights(coefficients);
+  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  const cpu::Kernels& k = cpu::kernels();
+  for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk& chunk, const Pair& pair) {
+    k.blend(pair.dtype, at(pair.forget, pair.dtype, chunk.offset), at(pair.retain, pair.dtype, chunk.offset), chunk.numel,
+            weights.a(pair.row), weights.b(pair.row));
+  });
+}
+
+void fused_adamw_cpu(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors forget,
+                     Tensors retain, std::vector<int64_t> rows, Tensor coefficients, Tensor steps, Tensor lr, double beta1,
+                     double beta2, double weight_decay, double eps, bool amsgrad, bool maximize, bool decoupled,
+                     std::optional<Tensor> found_inf) {
+  const Coefficients weights(coefficients);
+  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  check_like(params, pairs, "params");
+  check_like(exp_avgs, pairs, "exp_avgs");
+  check_like(exp_avg_sqs, pairs, "exp_avg_sqs");
+  if (amsgrad) check_like(max_exp_avg_sqs, pairs, "max_exp_avg_sqs");
+  check_state(exp_avgs, params, "exp_avgs");
+  check_state(exp_avg_sqs, params, "exp_avg_sqs");
+  check_state(max_exp_avg_sqs, params, "max_exp_avg_sqs");
+  std::vector<Dtype> dtypes;
+  for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i));
+  if (is_set(found_inf)) return;
+  const AdamOptions options{scalar(lr), beta1, beta2, weight_decay, eps, amsgrad, maximize, decoupled};
+  const float* step = static_cast<const float*>(steps.mutable_data_ptr());
+  const auto p = pointers(params), m = pointers(exp_avgs), v = pointers(exp_avg_sqs), vmax = pointers(max_exp_avg_sqs);
+  const cpu::Kernels& k = cpu::kernels();
+  for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk& chunk, const Pair& pair) {
+    const int64_t i = chunk.tensor, o = chunk.offset;
+    const Dtype d = dtypes[i];
+    k.adam(d, pair.dtype, at(p[i], d, o), at(m[i], d, o), at(v[i], d, o), amsgrad ? at(vmax[i], d, o) : nullptr,
+           at(pair.forget, pair.dtype, o), at(pair.retain, pair.dtype, o), chunk.numel, weights.a(pair.row),
+           weights.b(pair.row), step[i], options);
+  });
+}
+
+void fused_sgd_cpu(Tensors params, Tensors momentum_buffers, Tensors forget, Tensors retain, std::vector<int64_t> rows,
+                   Tensor coefficients, Tensor lr, double momentum, double dampening, double weight_decay, bool nesterov,
+                   bool maximize, bool first_step, std::optional<Tensor> found_inf) {
+  const Coefficients weights(coefficients);
+  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  check_like(params, pairs, "params");
+  if (momentum != 0) check_like(momentum_buffers, pairs, "momentum_buffers");
+  check_state(momentum_buffers, params, "momentum_buffers");
+  std::vector<Dtype> dtypes;
+  for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i));
+  if (is_set(found_inf)) return;
+  const SgdOptions options{scalar(lr), momentum, dampening, weight_decay, nesterov, maximize, first_step};
+  const auto p = pointers(params), buffers = pointers(momentum_buffers);
+  const cpu::Kernels& k = cpu::kernels();
+  for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk& chunk, const Pair& pair) {
+    const int64_t i = chunk.tensor, o = chunk.offset;
+    const Dtype d = dtypes[i];
+    k.sgd(d, pair.dtype, at(p[i], d, o), momentum != 0 ? at(buffers[i], d, o) : nullptr, at(pair.forget, pair.dtype, o),
+          at(pair.retain, pair.dtype, o), chunk.numel, weights.a(pair.row), weights.b(pair.row), options);
+  });
+}
+
+}  // namespace blur_optim
+
+STABLE_TORCH_LIBRARY(blur_optim, m) {
+  m.def("multi_tensor_dots(Tensor[] forget, Tensor[] retain, int[] rows, int num_rows) -> Tensor");
+  m.def("multi_tensor_blend_(Tensor(a!)[] retain, Tensor(b!)[] forget, Tensor coefficients, int[] rows) -> ()");
+  m.def(
+      "fused_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+      "Tensor[] forget, Tensor[] retain, int[] rows, Tensor coefficients, Tensor steps, Tensor lr, float beta1, "
+      "float beta2, float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled, Tensor? found_inf) -> ()");
+  m.def(
+      "fused_sgd_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] forget, Tensor[] retain, int[] rows, "
+      "Tensor coefficients, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
+      "bool first_step, Tensor? found_inf) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(blur_optim, CPU, m) {
+  m.impl("multi_tensor_dots", TORCH_BOX(&blur_optim::multi_tensor_dots_cpu));
+  m.impl("multi_tensor_blend_", TORCH_BOX(&blur_optim::multi_tensor_blend_cpu));
+  m.impl("fused_adamw_", TORCH_BOX(&blur_optim::fused_adamw_cpu));
+  m.impl("fused_sgd_", TORCH_BOX(&blur_optim::fused_sgd_cpu));
+}
