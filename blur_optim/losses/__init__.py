@@ -1,0 +1,50 @@
+"""Forget losses (GA, NPO, SimNPO, DPO/IDK, RMU), retain losses (NLL, KL, RMU) and what they compare with.
+
+Small functions on logits, labels, log-probabilities and activations, so that they serve any causal model.
+"""
+
+from blur_optim.losses.reference import (
+    reference_log_probs,
+    reference_logits,
+    stored_reference_log_probs,
+)
+from blur_optim.losses.rmu import (
+    CapturedActivations,
+    capture_activations,
+    rmu_forget_loss,
+    rmu_retain_loss,
+    steering_vector,
+)
+from blur_optim.losses.text import (
+    IDK_ANSWERS,
+    IGNORE_INDEX,
+    dpo_loss,
+    ga_loss,
+    kl_loss,
+    nll_loss,
+    npo_loss,
+    sequence_log_probs,
+    simnpo_loss,
+    token_counts,
+)
+
+__all__ = [
+    "IDK_ANSWERS",
+    "IGNORE_INDEX",
+    "CapturedActivations",
+    "capture_activations",
+    "dpo_loss",
+    "ga_loss",
+    "kl_loss",
+    "nll_loss",
+    "npo_loss",
+    "reference_log_probs",
+    "reference_logits",
+    "rmu_forget_loss",
+    "rmu_retain_loss",
+    "sequence_log_probs",
+    "simnpo_loss",
+    "steering_vector",
+    "stored_reference_log_probs",
+    "token_counts",
+]
