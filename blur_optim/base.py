@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 
 def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
@@ -56,9 +56,12 @@ def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor |
 
     A base that takes ``found_inf`` skips on the device. For any other the flag is read: one host synchronisation.
     """
+    if found_inf is not None and (not supports_amp_scaling(base) or _starts_momentum(base)):
+        if found_inf.item():
+            return
+        found_inf = None
     if not supports_amp_scaling(base):
-        if found_inf is None or not found_inf.item():
-            base.step()
+        base.step()
         return
     if found_inf is not None:
         other = amp.get("found_inf")
@@ -70,6 +73,16 @@ def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor |
     finally:
         for name in amp:
             delattr(base, name)
+
+
+def _starts_momentum(base: Optimizer) -> bool:
+    """Whether this step of SGD makes momentum buffers. The fused one leaves them uninitialised when it skips."""
+    return isinstance(base, SGD) and any(
+        p.grad is not None and base.state[p].get("momentum_buffer") is None
+        for group in base.param_groups
+        if group["momentum"] != 0
+        for p in group["params"]
+    )
 
 
 def _ids(params: Any) -> set[int]:

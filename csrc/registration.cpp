@@ -170,11 +170,11 @@ void fused_adamw_cpu(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tens
   check_like(exp_avgs, pairs, "exp_avgs");
   check_like(exp_avg_sqs, pairs, "exp_avg_sqs");
   if (amsgrad) check_like(max_exp_avg_sqs, pairs, "max_exp_avg_sqs");
+  std::vector<Dtype> dtypes;
+  for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i));
   check_state(exp_avgs, params, "exp_avgs");
   check_state(exp_avg_sqs, params, "exp_avg_sqs");
   check_state(max_exp_avg_sqs, params, "max_exp_avg_sqs");
-  std::vector<Dtype> dtypes;
-  for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i));
   if (is_set(found_inf)) return;
   const AdamOptions options{scalar(lr), beta1, beta2, weight_decay, eps, amsgrad, maximize, decoupled};
   const float* step = static_cast<const float*>(steps.mutable_data_ptr());
@@ -196,9 +196,9 @@ void fused_sgd_cpu(Tensors params, Tensors momentum_buffers, Tensors forget, Ten
   const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
   check_like(params, pairs, "params");
   if (momentum != 0) check_like(momentum_buffers, pairs, "momentum_buffers");
-  check_state(momentum_buffers, params, "momentum_buffers");
   std::vector<Dtype> dtypes;
   for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i));
+  check_state(momentum_buffers, params, "momentum_buffers");
   if (is_set(found_inf)) return;
   const SgdOptions options{scalar(lr), momentum, dampening, weight_decay, nesterov, maximize, first_step};
   const auto p = pointers(params), buffers = pointers(momentum_buffers);

@@ -1,0 +1,190 @@
+"""The compiled CPU kernels: what only they can get wrong. Values are checked beside the other backends'."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from blur_optim.kernels import native
+
+WHY_NOT = native.why_not(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"native backend: {WHY_NOT}")
+
+FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+CAPABILITIES = {"generic": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+# Prints the bits of everything the kernels compute, over dtypes and sizes around their block sizes.
+PRINT_BITS = """
+import hashlib, sys, torch
+from blur_optim.kernels import native
+torch.set_num_threads(int(sys.argv[1]))
+native.why_not(torch.device("cpu"))
+ops = torch.ops.blur_optim
+digest = hashlib.sha256()
+def add(*tensors):
+    for t in tensors:
+        digest.update(t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    sizes = [0, 1, 63, 64, 1023, 1024, 1500, 32768, 70001]
+    make = lambda seed: [torch.randn(n, generator=torch.Generator().manual_seed(seed + n)).to(dtype) for n in sizes]
+    f, r, rows = make(1), make(2), [0] * len(sizes)
+    f[4] = r[6] = torch.empty(0, dtype=dtype)
+    weights = torch.tensor([[0.3, -1.7]], dtype=torch.float64)
+    add(ops.multi_tensor_dots(f, r, rows, 1))
+    p, m, v = make(3), make(4), [x.square() for x in make(5)]
+    steps, lr = torch.full((len(sizes),), 3.0), torch.tensor(0.01, dtype=torch.float64)
+    ops.fused_adamw_(p, m, v, [], f, r, rows, weights, steps, lr, 0.9, 0.99, 0.1, 1e-8, False, False, True, None)
+    add(*p, *m, *v)
+    ops.fused_sgd_(p, m, f, r, rows, weights, lr, 0.9, 0.1, 0.1, True, False, False, None)
+    add(*p, *m)
+    ops.multi_tensor_blend_(r, f, weights, rows)
+    add(*r, *f)
+print(digest.hexdigest())
+"""
+
+
+def bits(capability: str, threads: int) -> str:
+    environment = {**os.environ, "BLUR_OPTIM_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", PRINT_BITS, str(threads)]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def generic_bits():
+    return bits("generic", threads=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(capability, threads, generic_bits):
+    missing = CAPABILITIES[capability] - FLAGS
+    if missing:
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
+    assert bits(capability, threads) == generic_bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_are_torchs_for_every_16_bit_pattern(dtype):
+    """b * r with b = 1 and no forget gradient: load, multiply by one, store."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = patterns.view(dtype)
+    result = values.clone()
+    one = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    native.multi_tensor_blend_([result], [torch.empty(0, dtype=dtype)], one, [0])
+    finite = ~values.isnan()
+    assert torch.equal(result.view(torch.int16)[finite], patterns[finite])
+    assert result[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_torchs(dtype):
+    """Products with 1/3 fall between the 16-bit values, below the smallest normal, and beyond the largest."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    for weight in (1 / 3, 3.0, 2.0**-9):
+        result = values.clone()
+        coefficients = torch.tensor([[0.0, weight]], dtype=torch.float64)
+        native.multi_tensor_blend_([result], [torch.empty(0, dtype=dtype)], coefficients, [0])
+        assert torch.equal(result, (values.float() * torch.tensor(weight, dtype=torch.float32)).to(dtype))
+
+
+def arguments(dtype=torch.float32, n=2):
+    generator = torch.Generator().manual_seed(0)
+    lists = [[torch.rand(3 + i, generator=generator).to(dtype) for i in range(n)] for _ in range(6)]
+    params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain = lists
+    coefficients = torch.tensor([[0.5, 2.0]], dtype=torch.float64)
+    steps, lr = torch.full((n,), 2.0), torch.tensor(0.1, dtype=torch.float64)
+    rows = [0] * n
+    moments, gradients, flag = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs), (forget, retain, rows), torch.zeros(())
+    adamw = (0.9, 0.99, 0.1, 1e-8, True, False, True, flag)
+    sgd = (0.9, 0.0, 0.1, False, False, False, flag)
+    return {
+        "multi_tensor_dots": (*gradients, 1),
+        "multi_tensor_blend_": (retain, forget, coefficients, rows),
+        "fused_adamw_": (params, *moments, *gradients, coefficients, steps, lr, *adamw),
+        "fused_sgd_": (params, exp_avgs, *gradients, coefficients, lr, *sgd),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", arguments())
+def test_opcheck(name, dtype):
+    torch.library.opcheck(getattr(torch.ops.blur_optim, name), arguments(dtype)[name])
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_fake_tensors(name):
+    with FakeTensorMode():
+        result = getattr(torch.ops.blur_optim, name)(*arguments()[name])
+    if name == "multi_tensor_dots":
+        assert result.shape == (1, 3)
+        assert result.dtype == torch.float64
+
+
+def test_compiles_without_a_graph_break():
+    ops = torch.ops.blur_optim
+
+    def project(forget, retain):
+        dots = ops.multi_tensor_dots(forget, retain, [0, 0], 1)
+        xi = 1.0 - dots[:, 0] / dots[:, 1]
+        ops.multi_tensor_blend_(retain, forget, torch.stack([xi, torch.ones_like(xi)], dim=1), [0, 0])
+        return retain[0] * 2
+
+    retain, forget, *_ = arguments()[BLEND]
+    expected = project([f.clone() for f in forget], [r.clone() for r in retain])
+    compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(forget, retain), expected)
+
+
+DOTS, BLEND, ADAMW, SGD = arguments()
+BAD = [
+    ("lengths", DOTS, 1, lambda r: r[:1], r"`forget`, `retain` and `rows` must have one length, got 2, 1 and 2"),
+    ("sizes", DOTS, 1, lambda r: [r[0], r[1][:2]], r"`forget\[1\]` must have as many elements as `retain\[1\]`"),
+    ("dtypes", DOTS, 1, lambda r: [r[0].double(), r[1]], r"`forget\[0\]` must have the dtype of `retain\[0\]`"),
+    ("integers", DOTS, 0, lambda f: [f[0].int(), f[1]], r"`forget\[0\]` must be float32, bfloat16"),
+    ("row", DOTS, 2, lambda rows: [0, 7], r"`rows\[1\]` must be in \[0, 1\), got 7"),
+    ("coefficients", BLEND, 2, lambda c: c.float(), r"`coefficients` must be a contiguous float64 tensor"),
+    ("moments", ADAMW, 1, lambda m: [m[0], m[1][:1]], r"`exp_avgs\[1\]` must have 4 elements like its gradient"),
+    ("moment dtype", ADAMW, 2, lambda v: [v[0].double(), v[1]], r"`exp_avg_sqs\[0\]` must have the dtype of"),
+    ("params", ADAMW, 0, lambda p: [p[0].double(), p[1]], r"`params\[0\]` must have its gradients' dtype"),
+    ("buffers", SGD, 1, lambda b: b[:1], r"`momentum_buffers` must have 2 tensors like `retain`, got 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "position", "change", "message"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
+def test_wrong_arguments_are_named(name, position, change, message):
+    args = list(arguments()[name])
+    args[position] = change(args[position])
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.blur_optim, name)(*args)
+
+
+def test_memory_order_of_other_dense_layouts_is_used_without_a_copy(monkeypatch):
+    f, r = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    lasts = [t.to(memory_format=torch.channels_last) for t in (f, r)]
+    monkeypatch.setattr(native.foreach, "multi_tensor_blend_", None)
+    coefficients = torch.tensor([[0.5, 2.0]], dtype=torch.float64)
+    native.multi_tensor_blend_([lasts[1]], [lasts[0]], coefficients, [0])
+    torch.testing.assert_close(lasts[1], 0.5 * f + 2 * r)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.empty(3, 4), True),
+        (torch.empty(3, 4).t(), True),
+        (torch.empty(2, 1, 4).transpose(0, 2), True),
+        (torch.empty(()), True),
+        (torch.empty(0), True),
+        (torch.empty(3, 4)[:, ::2], False),
+        (torch.empty(3, 4)[:, 1:], False),
+        (torch.empty(3).expand(4, 3), False),
+    ],
+)
+def test_is_dense(tensor, dense):
+    assert native.is_dense(tensor) is dense
