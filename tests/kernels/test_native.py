@@ -1,6 +1,7 @@
 """The compiled CPU kernels: what only they can get wrong. Values are checked beside the other backends'."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,32 @@ def test_wrong_arguments_are_named(name, position, change, message):
     args[position] = change(args[position])
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.blur_optim, name)(*args)
+
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile with sanitizers")
+def test_sanitizers(tmp_path):
+    """Address and undefined behaviour, on buffers of exactly the size that the kernels may touch."""
+    sources = [Path(__file__).with_name("cpu_driver.cpp"), *(CSRC / "cpu").glob("*.cpp")]
+    program = tmp_path / "driver"
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-ffp-contract=off",
+        "-w",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover",
+    ]
+    command = ["g++", *flags, *map(str, sources), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in built.stderr and "asan" in built.stderr:
+        pytest.skip("g++ has no sanitizer runtime here")
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
 
 
 def test_memory_order_of_other_dense_layouts_is_used_without_a_copy(monkeypatch):

@@ -33,6 +33,7 @@ LAYERS = [
     "phases",
     "base",
     "fused",
+    "env",
     "optimizer",
     "",
 ]

@@ -1,0 +1,114 @@
+"""The whole optimizer step, through the public API, for the parameter lists of real models.
+
+The baseline is the step of a weighted sum: one AdamW(fused=True) step on gradients that are already summed. BLUR measures,
+projects and updates in ``opt.step(forget, retain)`` with closures that only assign gradients.
+
+    python benchmarks/step_bench.py --models smollm-135m tiny --threads 1
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from baselines import original_update
+from harness import Candidate, Clock, Result, compare, header, show, write_csv
+from rich.console import Console
+from torch import Tensor
+
+from blur_optim import BLUR
+from blur_optim.rules import RULES
+
+
+def llama(hidden: int, layers: int, intermediate: int, vocabulary: int, kv: int, tied: bool) -> list[tuple[int, ...]]:
+    """The parameter shapes of a Llama, layer by layer."""
+    layer = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    layer += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate), (hidden,), (hidden,)]
+    return [(vocabulary, hidden), *(layer * layers), (hidden,), *([] if tied else [(vocabulary, hidden)])]
+
+
+MODELS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "smollm-135m": lambda: llama(576, 30, 1536, 49152, 192, tied=True),
+    "llama-1b": lambda: llama(2048, 16, 8192, 128256, 512, tied=True),
+    "llama-7b": lambda: llama(4096, 32, 11008, 32000, 4096, tied=False),
+    "tiny": lambda: [(1000,)] * 3000,
+}
+
+
+def randn(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def candidates(
+    shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype, rules: Sequence[str]
+) -> tuple[Candidate, list[Candidate]]:
+    params = [torch.nn.Parameter(t) for t in randn(shapes, device, dtype)]
+    forget, retain = randn(shapes, device, dtype), randn(shapes, device, dtype)
+    adamw = torch.optim.AdamW(params, lr=1e-5, fused=True)
+
+    def assign(grads: Sequence[Tensor]) -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
+    def weighted_sum() -> None:
+        assign(retain)
+        adamw.step()
+        adamw.zero_grad()
+
+    def original() -> None:
+        assign(original_update(forget, retain, gamma=1.0))
+        adamw.step()
+        adamw.zero_grad()
+
+    def step_of(opt: BLUR) -> Callable[[], object]:
+        return lambda: opt.step(lambda: assign(forget), lambda: assign(retain))
+
+    def blur(**options: object) -> BLUR:
+        return BLUR(params, torch.optim.AdamW, lr=1e-5, fused=True, **options)
+
+    found = [Candidate(f"BLUR, rule={rule!r}", step_of(blur(rule=rule))) for rule in rules]
+    found.append(Candidate("BLUR, scope='parameter'", step_of(blur(scope="parameter"))))
+    found.append(Candidate("BLUR, clipped", step_of(blur(max_grad_norm=1.0))))
+    found.append(Candidate("BLUR, backend='foreach'", step_of(blur(backend="foreach"))))
+    found.append(Candidate("original code", original))
+    return Candidate("weighted sum + AdamW(fused=True), the baseline", weighted_sum), found
+
+
+def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
+    device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    clock = Clock(device)
+    console.print(header(device, clock), highlight=False)
+    results: list[Result] = []
+    dtype = getattr(torch, arguments.dtype)
+    for name in arguments.models:
+        shapes = MODELS[name]()
+        baseline, others = candidates(shapes, device, dtype, arguments.rules)
+        source, target = torch.randn(2, 1 << 24, device=device)
+        copy = Candidate("copy of 64 MiB", lambda s=source, t=target: t.copy_(s), 2 * source.nbytes)
+        found = compare(name, others, baseline, copy, clock, arguments.rounds, dtype=arguments.dtype, size=name)
+        count = sum(torch.Size(shape).numel() for shape in shapes)
+        show(f"{name}: {len(shapes)} tensors, {count / 1e6:.0f}M {arguments.dtype} parameters", found[:-1], console)
+        results += found
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm-135m", "tiny"])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=["blur", "weighted_sum", "normalized"])
+    parser.add_argument("--threads", type=int, help="CPU threads; 1 measures CPU time")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--csv", type=Path)
+    arguments = parser.parse_args()
+    console = Console()
+    results = run(arguments, console)
+    if arguments.csv:
+        write_csv(arguments.csv, results, header(torch.device(arguments.device), Clock(torch.device(arguments.device))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+// Runs every CPU kernel on buffers of exactly the size it may touch, for the address and undefined-behaviour sanitizers.
+#include <cstdio>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+
+using namespace blur_optim;
+using namespace blur_optim::cpu;
+
+static size_t element_size(Dtype d) { return d == Dtype::Float64 ? 8 : d == Dtype::Float32 ? 4 : 2; }
+
+struct Buffer {
+  std::vector<char> bytes;
+  Buffer(Dtype d, int64_t n) : bytes(n * element_size(d), 0x3a) {}
+  void* data() { return bytes.data(); }
+};
+
+static void run(const Kernels& k, Dtype p, Dtype g, int64_t n, bool has_f, bool has_r) {
+  Buffer param(p, n), m(p, n), v(p, n), vmax(p, n), forget(g, n), retain(g, n);
+  void* f = has_f ? forget.data() : nullptr;
+  void* r = has_r ? retain.data() : nullptr;
+  double out[3];
+  k.dots(g, f, r, n, out);
+  k.blend(g, f, r, n, 0.3, -1.2);
+  for (int flags = 0; flags < 8; ++flags) {
+    const AdamOptions adam{1e-3, 0.9, 0.99, 0.1, 1e-8, bool(flags & 1), bool(flags & 2), bool(flags & 4)};
+    k.adam(p, g, param.data(), m.data(), v.data(), flags & 1 ? vmax.data() : nullptr, f, r, n, 0.3, -1.2, 2, adam);
+    const SgdOptions sgd{1e-3, 0.9, 0.1, 0.1, bool(flags & 1), bool(flags & 2), bool(flags & 4)};
+    k.sgd(p, g, param.data(), m.data(), f, r, n, 0.3, -1.2, sgd);
+    k.sgd(p, g, param.data(), nullptr, f, r, n, 0.3, -1.2, sgd);
+  }
+}
+
+int main() {
+  std::vector<const Kernels*> tables{&kGeneric};
+  if (&kernels() != &kGeneric) tables.push_back(&kernels());
+  const Dtype all[] = {Dtype::Float32, Dtype::BFloat16, Dtype::Float16, Dtype::Float64};
+  for (const Kernels* k : tables)
+    for (int64_t n : {1, 15, 63, 64, 65, 1023, 1024, 1025, 2100})
+      for (Dtype d : all)
+        for (int present = 1; present < 4; ++present) {
+          run(*k, d, d, n, present & 1, present & 2);
+          if (element_size(d) == 2) run(*k, Dtype::Float32, d, n, present & 1, present & 2);
+        }
+  std::printf("done\n");
+}
