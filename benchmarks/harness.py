@@ -8,7 +8,6 @@ import csv
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -90,7 +89,7 @@ def compare(
     for candidate in everything:  # Warm-up: allocations, compilation, first-touch page faults.
         candidate.run()
     times: dict[str, list[float]] = {candidate.name: [] for candidate in everything}
-    for _ in tqdm(range(rounds), desc=operation, leave=False, file=sys.stderr):
+    for _ in tqdm(range(rounds), desc=operation, leave=False, disable=None):
         for candidate in everything:
             times[candidate.name].append(clock.seconds(candidate.run))
     unit = statistics.median(times[baseline.name])
@@ -129,19 +128,20 @@ def header(device: torch.device, clock: Clock) -> str:
 
 
 def show(title: str, results: Sequence[Result], console: Console) -> None:
+    columns = {
+        "ratio": lambda r: f"{r.ratio:.2f}",
+        "20-80 %": lambda r: f"{r.ratio_20:.2f}-{r.ratio_80:.2f}",
+        "GB/s": lambda r: f"{r.gb_per_s:.1f}" if r.gb_per_s else "",
+        "of copy": lambda r: f"{r.copy_share:.0%}" if r.copy_share else "",
+        "error": lambda r: f"{r.error:.0e}" if r.error is not None else "",
+    }
+    shown = {name: write for name, write in columns.items() if any(write(r) for r in results)}
     table = Table(title=title, title_justify="left")
-    table.add_column("candidate")
-    for column in ("ratio to baseline", "20-80 %", "GB/s", "of copy", "error"):
-        table.add_column(column, justify="right")
+    table.add_column("candidate", no_wrap=True)
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
     for r in results:
-        table.add_row(
-            r.candidate,
-            f"{r.ratio:.2f}",
-            f"{r.ratio_20:.2f}-{r.ratio_80:.2f}",
-            f"{r.gb_per_s:.1f}" if r.gb_per_s else "",
-            f"{r.copy_share:.0%}" if r.copy_share else "",
-            f"{r.error:.0e}" if r.error is not None else "",
-        )
+        table.add_row(r.candidate, *(write(r) for write in shown.values()))
     console.print(table)
 
 

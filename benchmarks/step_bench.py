@@ -1,7 +1,7 @@
 """The whole optimizer step, through the public API, for the parameter lists of real models.
 
-The baseline is the step of a weighted sum: one AdamW(fused=True) step on gradients that are already summed. BLUR measures,
-projects and updates in ``opt.step(forget, retain)`` with closures that only assign gradients.
+The baseline is the step of a weighted sum: one AdamW(fused=True) step on gradients that are already summed. BLUR
+measures, projects and updates in ``opt.step(forget, retain)`` with closures that only assign gradients.
 
     python benchmarks/step_bench.py --models smollm-135m tiny --threads 1
 """
@@ -71,7 +71,7 @@ def candidates(
     found.append(Candidate("BLUR, clipped", step_of(blur(max_grad_norm=1.0))))
     found.append(Candidate("BLUR, backend='foreach'", step_of(blur(backend="foreach"))))
     found.append(Candidate("original code", original))
-    return Candidate("weighted sum + AdamW(fused=True), the baseline", weighted_sum), found
+    return Candidate("baseline: AdamW(fused=True)", weighted_sum), found
 
 
 def run(arguments: argparse.Namespace, console: Console) -> list[Result]:

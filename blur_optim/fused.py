@@ -19,6 +19,7 @@ from blur_optim.kernels.native import is_dense
 from blur_optim.projection import Projection
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def why_not_fused(base: Optimizer, gradients: PairedGradients, backend: str | None) -> str:
@@ -143,12 +144,16 @@ def _group_needs_base(group: dict[str, Any]) -> bool:
 def _fits(pair: Pair, state: dict[str, Any]) -> bool:
     """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
     p = pair.param
-    grads = [grad for grad in (pair.forget, pair.retain) if grad.numel()]
-    moments = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == p.dim() and p.dim()]
-    return (
-        p.dtype in _FLOATS
-        and is_dense(p)
-        and all(grad.dtype == p.dtype or p.dtype == torch.float32 for grad in grads)
-        and all(moment.dtype == p.dtype for moment in moments)
-        and all(t.stride() == p.stride() or (t.is_contiguous() and p.is_contiguous()) for t in (*grads, *moments))
-    )
+    dtype = p.dtype
+    others = [grad for grad in (pair.forget, pair.retain) if grad.numel()]
+    if dtype not in _FLOATS or any(
+        grad.dtype != dtype and (dtype != torch.float32 or grad.dtype.itemsize != 2) for grad in others
+    ):
+        return False
+    moments = [state[key] for key in _MOMENTS if isinstance(state.get(key), Tensor)]
+    if any(moment.dtype != dtype for moment in moments):
+        return False
+    others += moments
+    if p.is_contiguous() and all(t.is_contiguous() for t in others):
+        return True
+    return is_dense(p) and all(t.stride() == p.stride() for t in others)

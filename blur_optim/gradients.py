@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from blur_optim.stash import ReferenceStash
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """The two gradients of one parameter, as real tensors of one shape; an absent one has 0 elements.
 
     Args:
@@ -59,14 +58,15 @@ def check_gradients(param_groups: Sequence[dict[str, Any]]) -> None:
     """
     for group_index, group in enumerate(param_groups):
         for index, p in enumerate(group["params"]):
-            if p.grad is None:
+            grad = p.grad
+            if grad is None or (type(grad) is Tensor and grad.layout == torch.strided):
                 continue
             name = f'param_groups[{group_index}]["params"][{index}]'
-            if p.grad.layout != torch.strided:
+            if grad.layout != torch.strided:
                 raise TypeError(
-                    f"The gradient of {name} must be dense, got {p.grad.layout}. Use sparse=False in the embedding."
+                    f"The gradient of {name} must be dense, got {grad.layout}. Use sparse=False in the embedding."
                 )
-            if hasattr(p.grad, "to_local"):
+            if hasattr(grad, "to_local"):
                 raise TypeError(
                     f"The gradient of {name} must be a plain tensor, got a DTensor, which BLUR does not take yet."
                 )
@@ -90,25 +90,27 @@ def pair_gradients(
             forget, retain = stash.pop(p), p.grad
             if forget is None and retain is None:
                 continue
-            if retain is None:
-                p.grad = forget
-            elif _overlaps_itself(retain):
+            if forget is None or retain is None:
+                forget, retain = _complete(p, forget, retain)
+            else:
+                _check_distinct(forget, retain)
+            if retain.numel() and _overlaps_itself(retain):
                 p.grad = retain = retain.clone(memory_format=torch.contiguous_format)
             row = len(result.pairs) if per_parameter else group_index
-            result.pairs.append(_make_pair(p, forget, retain, group_index, row))
+            result.pairs.append(Pair(p, _real(forget), _real(retain), group_index, row))
         rows = len(result.pairs) - first if per_parameter else 1
         result.gammas += [float(group["gamma"])] * rows
         result.alphas += [float(group["retain_weight"])] * rows
-    _check_distinct(result.pairs)
     return result
 
 
-def _make_pair(param: Tensor, forget: Tensor | None, retain: Tensor | None, group: int, row: int) -> Pair:
-    present = forget if retain is None else retain
-    assert present is not None
-    absent = present.new_empty(0)
-    forget, retain = (_real(absent if grad is None else grad) for grad in (forget, retain))
-    return Pair(param, forget, retain, group, row)
+def _complete(param: Tensor, forget: Tensor | None, retain: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Write the missing one of two gradients as an absent one, and let ``p.grad`` be the one that is there."""
+    if retain is None:
+        assert forget is not None
+        param.grad = forget
+        return forget, forget.new_empty(0)
+    return retain.new_empty(0), retain
 
 
 def _real(grad: Tensor) -> Tensor:
@@ -116,9 +118,8 @@ def _real(grad: Tensor) -> Tensor:
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
-def _check_distinct(pairs: Sequence[Pair]) -> None:
-    stashed = {pair.forget.untyped_storage().data_ptr() for pair in pairs if pair.forget.numel()}
-    if any(pair.retain.untyped_storage().data_ptr() in stashed for pair in pairs if pair.retain.numel()):
+def _check_distinct(forget: Tensor, retain: Tensor) -> None:
+    if forget.data_ptr() == retain.data_ptr() and forget.numel():
         raise RuntimeError(
             "A retain gradient was written over a stashed forget gradient: something keeps the memory of p.grad and "
             "writes to it again. Under DistributedDataParallel pass gradient_as_bucket_view=False."
@@ -126,4 +127,6 @@ def _check_distinct(pairs: Sequence[Pair]) -> None:
 
 
 def _overlaps_itself(grad: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for size, stride in zip(grad.size(), grad.stride(), strict=True))
+    return not grad.is_contiguous() and any(
+        stride == 0 and size > 1 for size, stride in zip(grad.size(), grad.stride(), strict=True)
+    )

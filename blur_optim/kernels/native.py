@@ -32,9 +32,23 @@ def _load() -> str:
 
 def why_not(device: torch.device) -> str:
     """Say why this backend cannot serve ``device``; an empty string where it can."""
-    if device.type not in ("cpu",):
+    if device.type not in ("cpu", "cuda"):
         return f"the extension has no kernels for {device.type}."
-    return _load()
+    if device.type == "cuda" and torch.version.cuda is None:
+        return "this torch has no CUDA."
+    return _load() or (_why_not_cuda(device) if device.type == "cuda" else "")
+
+
+@functools.cache
+def _why_not_cuda(device: torch.device) -> str:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("blur_optim::multi_tensor_dots", "CUDA"):
+        return "the extension was built without CUDA. Install from source with nvcc at hand and BLUR_OPTIM_CUDA=1."
+    one = torch.zeros(1, device=device)
+    try:  # Whether the device or the driver is too old is known when a kernel is launched, and without waiting for it.
+        torch.ops.blur_optim.multi_tensor_dots([one], [one], [0], 1)
+    except RuntimeError as error:
+        return f"its kernels do not run on {device}: {error}"
+    return ""
 
 
 def multi_tensor_dots(forget: Sequence[Tensor], retain: Sequence[Tensor], rows: Sequence[int], num_rows: int) -> Tensor:

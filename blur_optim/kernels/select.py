@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from blur_optim.kernels import foreach, native, reference
+from blur_optim.kernels import foreach, native, reference, triton
 
 #: Environment variable that overrides the choice (an explicit ``backend=`` argument wins over it).
 BACKEND_VARIABLE = "BLUR_OPTIM_BACKEND"
@@ -108,7 +108,17 @@ BACKENDS = {
     "foreach": cast(Backend, foreach),
     "reference": cast(Backend, reference),
     "native": cast(FusedBackend, native),
+    "triton": cast(FusedBackend, triton),
 }
+
+
+def why_not(name: str, device: torch.device) -> str:
+    """Say why the backend called ``name`` cannot serve ``device``; an empty string where it can."""
+    if name == "native":
+        return native.why_not(device)
+    if name == "triton":
+        return triton.why_not(device)
+    return ""
 
 
 def select_backend(name: str | None, device: torch.device) -> Backend:
@@ -121,9 +131,16 @@ def select_backend(name: str | None, device: torch.device) -> Backend:
     source = "backend" if name is not None else BACKEND_VARIABLE
     name = name or os.environ.get(BACKEND_VARIABLE) or None
     if name is None:
-        return BACKENDS["foreach" if native.why_not(device) else "native"]
+        return BACKENDS[_fastest(device)]
     if name not in BACKENDS:
         raise ValueError(f"`{source}` must be one of {sorted(BACKENDS)}, got {name!r}.")
-    if name == "native" and (reason := native.why_not(device)):
+    if reason := why_not(name, device):
         raise ImportError(f"`{source}` is {name!r}, which is not available: {reason}")
     return BACKENDS[name]
+
+
+def _fastest(device: torch.device) -> str:
+    if not native.why_not(device):
+        return "native"
+    # On the CPU there is only Triton's interpreter, which is for tests.
+    return "triton" if device.type == "cuda" and not triton.why_not(device) else "foreach"
