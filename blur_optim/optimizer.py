@@ -60,6 +60,7 @@ class BLUR(Optimizer):
 
     _last: Projection | None
     _found_inf: Tensor | None
+    _zeros: list[tuple[Tensor, int]]
 
     def __init__(
         self,
@@ -128,6 +129,7 @@ class BLUR(Optimizer):
                 self._phases.check_step()
                 self._base_step()
             return None
+        self._drop_zeros()
         with self._abandoning_on_error():
             self._phases.check_closures(self._has_gradients())
         with self.forget():
@@ -147,6 +149,7 @@ class BLUR(Optimizer):
             RuntimeError: another phase is open, a forget phase waits for its retain phase, or ``p.grad`` still holds
                 the last update.
         """
+        self._drop_zeros()
         with self._abandoning_on_error():
             self._phases.begin_forget(self._has_gradients())
             yield
@@ -219,6 +222,7 @@ class BLUR(Optimizer):
         self.base.zero_grad(set_to_none)
         if not self._phases.is_open:
             self._end_step()
+            self._zeros = [(p.grad, p.grad._version) for p in self._params() if p.grad is not None]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the base optimizer; ``gamma`` and ``retain_weight`` default as for the others."""
@@ -247,7 +251,7 @@ class BLUR(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A step that a learning-rate scheduler wrapped is a closure over this object; torch drops it too.
-        per_step = ("_phases", "_stash", "_found_inf", "_scale_needed", "_last", "step")
+        per_step = ("_phases", "_stash", "_found_inf", "_scale_needed", "_zeros", "_last", "step")
         return {name: value for name, value in self.__dict__.items() if name not in per_step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -328,6 +332,14 @@ class BLUR(Optimizer):
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._params())
 
+    def _drop_zeros(self) -> None:
+        """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""
+        zeros = {id(grad) for grad, version in self._zeros if grad._version == version}
+        for p in self._params() if zeros else ():
+            if id(p.grad) in zeros:
+                p.grad = None
+        self._zeros = []
+
     def _install_defaults(self) -> None:
         for name, value in self._own_defaults.items():
             self.base.defaults.setdefault(name, value)
@@ -345,6 +357,7 @@ class BLUR(Optimizer):
         self._phases.current = Phase.IDLE
         self._found_inf = None
         self._scale_needed = False
+        self._zeros = []
 
     def _discard(self) -> None:
         """Drop every gradient, stashed or not, and with them the step."""

@@ -3,6 +3,8 @@
 from enum import Enum
 from typing import NoReturn
 
+_UNKNOWN_GRADIENTS = "p.grad already holds gradients, which are part of neither loss. Call opt.zero_grad() first."
+
 
 class Phase(Enum):
     IDLE = "no phase has begun"
@@ -31,8 +33,10 @@ class Phases:
                 "Run all forget micro-batches in one `with opt.forget()`, then `with opt.retain()`. To abandon a step "
                 "on purpose, call opt.zero_grad().",
             )
-        if self.current is Phase.PROJECTED and has_gradients:
+        if has_gradients and self.current is Phase.PROJECTED:
             self._refuse("opt.forget()", "Call opt.step() and opt.zero_grad() first.")
+        if has_gradients:
+            self._refuse("opt.forget()", _UNKNOWN_GRADIENTS)
         self.current = Phase.FORGET
 
     def end_forget(self) -> None:
@@ -68,10 +72,7 @@ class Phases:
         if self.is_open or self.current is Phase.STASHED:
             self._refuse("opt.step(forget, retain)", "Use either closures or phases for a step.")
         if has_gradients:
-            self._refuse(
-                "opt.step(forget, retain)",
-                "p.grad already holds gradients, which are part of neither loss. Call opt.zero_grad() first.",
-            )
+            self._refuse("opt.step(forget, retain)", _UNKNOWN_GRADIENTS)
 
     def _end(self, expected: Phase, following: Phase) -> None:
         if self.current is not expected:

@@ -287,7 +287,7 @@ def _check(
     numels, grads = _numels(forget, retain), [f.dtype for f in forget]
     params = [p.dtype for p in state.get("params", forget)]
     for name, tensors in lists.items():
-        _check_each(name, "device", [t.get_device() for t in tensors], [forget[0].get_device()] * len(forget))
+        _check_each(name, "device", [t.device for t in tensors], [forget[0].device] * len(forget))
     for name, tensors in (("forget", forget), ("retain", retain)):
         sizes = [t.numel() or numel for t, numel in zip(tensors, numels, strict=True)]
         _check_each(name, "number of elements", sizes, numels)

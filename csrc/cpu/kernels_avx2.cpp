@@ -8,7 +8,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace {
-constexpr int kGroupVecs = 1;
+constexpr int kGroupVecs = 2, kGroupVecs16Bit = 1;
 }
 #include "kernels_impl.h"
 

@@ -8,7 +8,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace {
-constexpr int kGroupVecs = 4;
+constexpr int kGroupVecs = 4, kGroupVecs16Bit = 4;
 }
 #include "kernels_impl.h"
 

@@ -1,6 +1,6 @@
 // The kernels as templates over dtypes. Each kernels_*.cpp includes this file under another instruction set, after it has
-// defined kGroupVecs: how many vectors of 16 lanes the registers hold three sums for. It gets its own copy in an unnamed
-// namespace. Compiled without contraction into fused multiply-adds, and with explicit lanes where
+// defined kGroupVecs and kGroupVecs16Bit: how many vectors of 16 lanes the registers hold three sums for, the latter beside
+// the conversions from 16 bits. It gets its own copy in an unnamed namespace. Compiled without contraction into fused multiply-adds, and with explicit lanes where
 // order matters, so that all copies give the same bits.
 #include <cmath>
 #include <cstring>
@@ -164,11 +164,12 @@ inline void dots_run(const T* __restrict f, const T* __restrict r, int rounds, L
 template <class T>
 void dots_both(const T* __restrict f, const T* __restrict r, int64_t n, double out[3]) {
   using C = Compute<T>;
+  constexpr int kGroup = sizeof(T) == 2 ? kGroupVecs16Bit : kGroupVecs;
   Lanes<C> totals[3];
   int64_t i = 0;
-  for (; i + kRun * kLanes <= n; i += kRun * kLanes) dots_run<kGroupVecs>(f + i, r + i, kRun, totals);
+  for (; i + kRun * kLanes <= n; i += kRun * kLanes) dots_run<kGroup>(f + i, r + i, kRun, totals);
   const int rounds = int((n - i) / kLanes);
-  if (rounds) dots_run<kGroupVecs>(f + i, r + i, rounds, totals);
+  if (rounds) dots_run<kGroup>(f + i, r + i, rounds, totals);
   i += rounds * kLanes;
   for (int j = 0; i < n; ++i, ++j) {
     const C x = load(f[i]), y = load(r[i]);

@@ -40,6 +40,7 @@ def assign(params, grads):
 
 def project(opt, params, forget, retain):
     """The update that BLUR makes of two given sets of gradients."""
+    opt.zero_grad()
     with opt.forget():
         assign(params, forget)
     with opt.retain():
