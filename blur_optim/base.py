@@ -19,8 +19,8 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
             raise TypeError(
                 f"`base` is an instance, so {sorted(kwargs)} cannot reach it. Pass a class, or set them there."
             )
-        if params is not None and _ids(params) != _ids(base.param_groups):
-            raise ValueError("`params` must be the parameters of `base`, got others. Leave `params` out.")
+        if params is not None:
+            _check_same_params(list(params), base)
         return base
     if not callable(base):
         raise TypeError(f"`base` must be an optimizer class, factory or instance, got {base!r}.")
@@ -85,9 +85,21 @@ def _starts_momentum(base: Optimizer) -> bool:
     )
 
 
+def _check_same_params(params: list[Any], base: Optimizer) -> None:
+    options = {key for item in params if isinstance(item, dict) for key in item} - {"params", "param_names"}
+    if options:
+        raise ValueError(
+            f"`params` must not set {sorted(options)} beside an optimizer instance, whose groups are made already. Set "
+            "them there, or pass a class as `base`."
+        )
+    if _ids(params) != _ids(base.param_groups):
+        raise ValueError("`params` must be the parameters of `base`, got others. Leave `params` out.")
+
+
 def _ids(params: Any) -> set[int]:
+    """The identities of parameters, named parameters, and those in param groups."""
     ids: set[int] = set()
-    for item in params:
+    for item in [params] if isinstance(params, Tensor) else params:
         if isinstance(item, dict):
             ids |= _ids(item["params"])
         else:

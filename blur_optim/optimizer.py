@@ -132,11 +132,13 @@ class BLUR(Optimizer):
         self._drop_zeros()
         with self._abandoning_on_error():
             self._phases.check_closures(self._has_gradients())
+            self._check_no_scaler()
         with self.forget():
             forget_loss = self._evaluate(forget, "forget")
         with self._abandoning_on_error():
             self._phases.begin_retain(self._has_gradients())
             retain_loss = self._evaluate(retain, "retain")
+            self._phases.end_retain()
             self._project_and_step()
         self._discard()
         return forget_loss, retain_loss
@@ -153,9 +155,9 @@ class BLUR(Optimizer):
         with self._abandoning_on_error():
             self._phases.begin_forget(self._has_gradients())
             yield
+            self._phases.end_forget()
             check_gradients(self.param_groups)
             self._stash.take(self._params())
-            self._phases.end_forget()
 
     @contextmanager
     def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> Iterator[None]:
@@ -174,11 +176,10 @@ class BLUR(Optimizer):
         with self._abandoning_on_error():
             self._phases.begin_retain(self._has_gradients())
             yield
-            with torch.no_grad():
-                gradients, settings = self._project(grad_scale)
-                assert self._last is not None
-                blend_(gradients, self._last, settings)
             self._phases.end_retain()
+            with torch.no_grad():
+                gradients, projection, settings = self._project(grad_scale)
+                blend_(gradients, projection, settings)
 
     @property
     def statistics(self) -> StepStatistics | None:
@@ -289,7 +290,7 @@ class BLUR(Optimizer):
             "where there is nothing to compute in this step."
         )
 
-    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> tuple[PairedGradients, Projector]:
+    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> tuple[PairedGradients, Projection, Projector]:
         """Take the coefficients from the gradients of both phases; what is left is to apply them."""
         check_gradients(self.param_groups)
         gradients = pair_gradients(self.param_groups, self._stash, self.scope == "parameter")
@@ -298,20 +299,19 @@ class BLUR(Optimizer):
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
         rule = _make_rule(self.rule, self.normalize)
         settings = Projector(self.backend, rule, self.scope == "global", self.max_grad_norm)
-        self._last = project(gradients, settings, grad_scale)
-        self._found_inf = self._last.found_inf
+        projection = project(gradients, settings, grad_scale)
+        self._last, self._found_inf = projection, projection.found_inf
         self._skipped = self._found_inf.long() + self._skipped.to(self._found_inf.device)
         depends_on_size = self.normalize or self.rule == "normalized" or callable(self.rule)
         self._scale_needed = grad_scale is None and (depends_on_size or self.max_grad_norm is not None)
-        return gradients, settings
+        return gradients, projection, settings
 
     def _project_and_step(self) -> None:
-        gradients, settings = self._project(None)
-        assert self._last is not None
+        gradients, projection, settings = self._project(None)
         if not why_not_fused(self.base, gradients, self.backend):
-            fused_step(self.base, gradients, self._last, self.backend)
+            fused_step(self.base, gradients, projection, self.backend)
             return
-        blend_(gradients, self._last, settings)
+        blend_(gradients, projection, settings)
         del gradients  # The forget gradients: the base's step must not find them in memory.
         self._base_step()
 
@@ -331,6 +331,13 @@ class BLUR(Optimizer):
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._params())
+
+    def _check_no_scaler(self) -> None:
+        if "grad_scale" in self.__dict__:
+            raise RuntimeError(
+                "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in the "
+                "phases, `with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
+            )
 
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""

@@ -33,7 +33,7 @@ class Projection:
 
     Args:
         dots: three ``[rows]`` tensors, each row's own part.
-        a, b: ``[rows]``, clipping included.
+        a, b: ``[rows]``, clipping included; NaN where ``found_inf`` is set.
         update_norm: 0-d, clipping included.
         found_inf: 0-d float32, 1 where a dot is not finite. The form that fused optimizers take.
     """
@@ -99,6 +99,9 @@ def _solve(
         # The formula of torch.nn.utils.clip_grad_norm_, its 1e-6 included.
         clip = (settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         a, b, norm = a * clip, b * clip, norm * clip
+    # What is not finite must show in the update too: a GradScaler lowers its scale only if it finds it there, and dots
+    # overflow before gradients do.
+    a, b = (torch.where(found_inf > 0, torch.nan, x) for x in (a, b))
     return Projection(own, a, b, norm, found_inf)
 
 

@@ -45,11 +45,15 @@ def run_scaled_phases(opt, problem, scaler, grad_scale=None, forget_factor=1.0, 
         scaler.scale(problem.retain_loss() * retain_factor).backward()
 
 
-def scaled_step(opt, problem, scaler, **options):
-    run_scaled_phases(opt, problem, scaler, **options)
+def finish(opt, scaler):
     scaler.step(opt)
     scaler.update()
     opt.zero_grad()
+
+
+def scaled_step(opt, problem, scaler, **options):
+    run_scaled_phases(opt, problem, scaler, **options)
+    finish(opt, scaler)
 
 
 @over_bases
@@ -102,9 +106,6 @@ def test_unscaling_before_the_projection_is_another_update():
     assert_params_close([p.grad for p in problem.params], wrong, rtol=1e-10, atol=1e-10)
 
 
-# -- Overflow ----------------------------------------------------------------------------------------------------------
-
-
 @over_bases
 @pytest.mark.parametrize("factors", [{"forget_factor": float("inf")}, {"retain_factor": float("inf")}], ids=str)
 @pytest.mark.parametrize("clips", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
@@ -127,18 +128,20 @@ def test_an_overflow_in_either_loss_skips_the_step(base, factors, clips):
 
 
 @over_bases
-@pytest.mark.parametrize("factors", [{"forget_factor": float("inf")}, {"retain_factor": float("inf")}], ids=str)
-def test_an_overflow_is_seen_after_unscale_and_clipping(base, factors):
+@pytest.mark.parametrize("where", ["forget_factor", "retain_factor", "update"])
+@pytest.mark.parametrize("unscale", [False, True], ids=["step-unscales", "unscaled-and-clipped-before"])
+def test_an_overflow_is_seen_wherever_it_comes_from(base, unscale, where):
     problem, opt = make(base)
     scaler = make_scaler()
     scaled_step(opt, problem, scaler)
     before = snapshot(opt)
-    run_scaled_phases(opt, problem, scaler, **factors)
-    scaler.unscale_(opt)
-    clip_grad_norm_(problem.params, 1.0)
-    scaler.step(opt)
-    scaler.update()
-    opt.zero_grad()
+    run_scaled_phases(opt, problem, scaler, **({} if where == "update" else {where: float("inf")}))
+    if where == "update":  # Both gradients were finite, so only the scaler can find it.
+        problem.params[-1].grad[0] = float("inf")
+    if unscale:
+        scaler.unscale_(opt)
+        clip_grad_norm_(problem.params, 1.0)
+    finish(opt, scaler)
     assert_same_bits(snapshot(opt), before)
     assert scaler.get_scale() == SCALE / 2
 
@@ -158,7 +161,25 @@ def test_training_recovers_from_a_scale_too_high_for_the_dots(base):
     assert_same_bits(snapshot(opt), snapshot(twin_opt))
 
 
-# -- Options that depend on the size of the gradients ------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["AdamW", "AdamW-fused", "SGD-fused"])
+def test_closures_are_refused_by_a_scaler(name):
+    """As with any optimizer: a scaler checks and unscales what is in p.grad before the step, and that is nothing."""
+    problem, opt = make(BASES[name])
+    scaler = make_scaler()
+    losses = [lambda: scaler.scale(problem.forget_loss()), lambda: scaler.scale(problem.retain_loss())]
+    scaler.scale(torch.ones(1))  # It makes its scale on first use.
+    before = snapshot(opt)
+    with pytest.raises((RuntimeError, AssertionError), match=r"phases|No inf checks were recorded"):
+        scaler.step(opt, *losses)
+    assert_same_bits(snapshot(opt), before)
+
+
+def test_a_fused_base_needs_no_look_at_the_host(monkeypatch):
+    problem, opt = make(BASES["AdamW-fused"])
+    scaler = make_scaler()
+    run_scaled_phases(opt, problem, scaler, grad_scale=scaler)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("a host synchronisation"))
+    scaler.step(opt)
 
 
 def own_rule(dots, gamma, alpha):
@@ -228,9 +249,6 @@ def test_statistics_are_in_true_units_where_the_scale_is_told():
     assert scaled["forget_coefficient"] == true["forget_coefficient"]
 
 
-# -- Around it ---------------------------------------------------------------------------------------------------------
-
-
 @over_bases
 def test_unscale_then_clip(base):
     problem, opt = make(base)
@@ -240,9 +258,7 @@ def test_unscale_then_clip(base):
         run_scaled_phases(opt, problem, scaler)
         scaler.unscale_(opt)
         norm = clip_grad_norm_(problem.params, 0.1)
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
+        finish(opt, scaler)
         run_phases(twin_opt, twin)
         assert norm == clip_grad_norm_(twin.params, 0.1)
         twin_opt.step()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from helpers import ROWS, Problem, assert_params_close, assert_same_bits, snapshot, step_by_phases
+from helpers import ROWS, Problem, assert_params_close, assert_same_bits, snapshot, step_by_closures, step_by_phases
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -76,14 +76,16 @@ IDS = [f"{', '.join(f'{k}={v}' for k, v in options.items())}, {parts} micro-batc
 
 
 @pytest.mark.parametrize(("options", "parts"), CASES, ids=IDS)
-@pytest.mark.parametrize("step", [parallel_step, parallel_step_by_closures])
+@pytest.mark.parametrize(
+    ("step", "plain_step"), [(parallel_step, step_by_phases), (parallel_step_by_closures, step_by_closures)]
+)
 @pytest.mark.usefixtures("one_rank")
-def test_one_rank_equals_plain_training_to_the_bit(step, options, parts):
+def test_one_rank_equals_plain_training_to_the_bit(step, plain_step, options, parts):
     problem, opt = make_parallel(**options)
     twin, twin_opt = make()
     for _ in range(STEPS):
         step(opt, problem, parts)
-        step_by_phases(twin_opt, twin, parts)
+        plain_step(twin_opt, twin, parts)
         assert_same_bits(snapshot(opt), snapshot(twin_opt))
 
 
@@ -130,15 +132,16 @@ def test_gradients_set_to_zero_stay_in_their_buckets(set_to_none):
     assert_same_bits(snapshot(opt), snapshot(twin_opt))
 
 
+@pytest.mark.parametrize("step", [parallel_step, parallel_step_by_closures])
 @pytest.mark.usefixtures("one_rank")
-def test_without_the_copy_the_aliasing_is_noticed(monkeypatch):
+def test_without_the_copy_the_aliasing_is_noticed(step, monkeypatch):
     monkeypatch.setattr(blur_optim.stash, "_shares_storage", lambda grad: False)
     problem, opt = make_parallel(gradient_as_bucket_view=True)
     before, failed_at = None, None
     for i in range(STEPS):
         before = snapshot(opt)
         try:
-            parallel_step(opt, problem)
+            step(opt, problem)
         except RuntimeError as error:
             assert "pass gradient_as_bucket_view=False" in str(error)  # noqa: PT017
             failed_at = i
@@ -151,7 +154,7 @@ def test_without_the_copy_the_aliasing_is_noticed(monkeypatch):
 def test_without_copy_and_check_the_result_would_be_wrong_without_a_sign(monkeypatch):
     """Should this fail, DDP no longer writes over gradients that were taken from it, and the copy can go."""
     monkeypatch.setattr(blur_optim.stash, "_shares_storage", lambda grad: False)
-    monkeypatch.setattr(blur_optim.gradients, "_check_distinct", lambda pairs: None)
+    monkeypatch.setattr(blur_optim.gradients, "_check_distinct", lambda *_: None)
     problem, opt = make_parallel(gradient_as_bucket_view=True)
     twin, twin_opt = make()
     for _ in range(STEPS):

@@ -18,6 +18,8 @@ LAYERS = [
     "kernels.foreach",
     "kernels.schema",
     "kernels.native",
+    "kernels.triton_kernels",
+    "kernels.triton",
     "kernels.select",
     "kernels",
     "rules",
