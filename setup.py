@@ -1,10 +1,12 @@
 """Build the native extension where it can be built; everything else about the package is in pyproject.toml.
 
 BLUR_OPTIM_BUILD=0 never compiles, BLUR_OPTIM_BUILD=1 fails where it cannot; by default a missing compiler or torch is
-one line of output and the package works on its pure PyTorch backend.
+one line of output and the package works on its pure PyTorch backend. BLUR_OPTIM_CUDA says the same of its CUDA half,
+which by default is compiled where nvcc is found and torch has CUDA.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MODE = os.environ.get("BLUR_OPTIM_BUILD", "auto")
+CUDA = os.environ.get("BLUR_OPTIM_CUDA", "auto")
+# Compiled for those of these that nvcc knows; newer devices take the last as PTX.
+CUDA_ARCHITECTURES = (80, 90, 100)
 # The oldest torch that the binary loads in, 2.10, as torch's stable ABI writes versions.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
@@ -42,43 +47,94 @@ def why_not() -> str:
     return ""
 
 
+def nvcc(*arguments: str) -> str:
+    places = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    program = shutil.which("nvcc", path=os.pathsep.join(places))
+    if program is None:
+        raise RuntimeError("nvcc was not found")
+    run = subprocess.run([program, *arguments], capture_output=True, text=True)
+    output = run.stdout + run.stderr
+    if run.returncode:
+        raise RuntimeError(next((line for line in output.splitlines() if "error" in line), f"{program} failed"))
+    return output
+
+
+def compile_cuda(folder: str) -> tuple[list[str], str]:
+    """The objects of csrc/cuda, and where the CUDA runtime is that they are linked with."""
+    if CUDA == "0" or (CUDA != "1" and not (TORCH / "lib/libtorch_cuda.so").exists()):
+        raise RuntimeError("BLUR_OPTIM_CUDA=0" if CUDA == "0" else "this torch has no CUDA")
+    known = nvcc("--list-gpu-arch").split()
+    targets = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"compute_{a}" in known]
+    codes = [f"-gencode={target}" for target in (*targets, targets[-1].replace("sm_", "compute_"))]
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    # As for the C++ below no contraction. One thread per core.
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+    os.makedirs(folder, exist_ok=True)
+    nvcc(*flags, *codes, "-c", *map(str, sources), f"-odir={folder}")
+    libraries = re.findall(r'"-L([^"]+)"', nvcc("--dryrun", "-x", "cu", os.devnull))
+    for library in libraries:
+        if os.path.exists(f"{library}/libcudart_static.a"):
+            return [f"{folder}/{source.stem}.o" for source in sources], library
+    raise RuntimeError("libcudart_static.a was not found")
+
+
 class Build(build_ext):
     """Compile with the C++ flags that the kernels' reproducibility needs; a failure leaves the package without them."""
 
     def build_extensions(self) -> None:
         try:
+            self.add_cuda()
             super().build_extensions()
         except Exception as error:
-            if MODE == "1":
+            if "1" in (MODE, CUDA):
                 raise
             print(f"blur_optim: the native extension was not built: {error}", file=sys.stderr)
             self.extensions = []
+
+    def add_cuda(self) -> None:
+        """Link the CUDA half into the extension; a failure leaves the CPU half."""
+        try:
+            objects, runtime = compile_cuda(self.build_temp)
+        except Exception as error:
+            if CUDA == "1":
+                raise
+            print(f"blur_optim: the extension has no CUDA kernels: {error}.", file=sys.stderr)
+            return
+        for extension in self.extensions:
+            extension.sources.append("csrc/cuda/binding.cpp")
+            extension.extra_objects += objects
+            extension.library_dirs.append(runtime)
+            extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
 
 
 TORCH = find_torch()
 
 
+def files(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
 def extension() -> Extension:
-    lib = TORCH / "lib"
     return Extension(
         "blur_optim._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        sources=["csrc/registration.cpp", *files("csrc/cpu/*.cpp")],
+        depends=[*files("csrc/**/*.h"), *files("csrc/cuda/*")],
         include_dirs=[str(TORCH / "include")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         # No contraction into fused multiply-adds: AVX2 and AVX-512 have to give the same bits. Without -fno-math-errno
         # sqrt is a call, and the loop around it scalar.
         extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-w"],
-        library_dirs=[str(lib)],
-        libraries=["torch_cpu", "torch"],
-        extra_link_args=["-Wl,--no-as-needed"],
+        library_dirs=[str(TORCH / "lib")],
+        # In this order, and libtorch without being needed: through it the symbols of libtorch_cuda are found.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"],
         py_limited_api=True,
     )
 
 
 if reason := why_not():
-    if MODE == "1":
-        raise SystemExit(f"blur_optim: BLUR_OPTIM_BUILD=1, but the native extension cannot be built: {reason}.")
+    if "1" in (MODE, CUDA):
+        name = "BLUR_OPTIM_BUILD" if MODE == "1" else "BLUR_OPTIM_CUDA"
+        raise SystemExit(f"blur_optim: {name}=1, but the native extension cannot be built: {reason}.")
     print(f"blur_optim: the native extension is not built: {reason}.", file=sys.stderr)
     extensions = []
 else:

@@ -335,8 +335,8 @@ class BLUR(Optimizer):
     def _check_no_scaler(self) -> None:
         if "grad_scale" in self.__dict__:
             raise RuntimeError(
-                "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in the "
-                "phases, `with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
+                "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in "
+                "`with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
             )
 
     def _drop_zeros(self) -> None:

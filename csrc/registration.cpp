@@ -1,74 +1,19 @@
 // Operator schemas, and the CPU implementations: tensors in, raw pointers and chunks to the kernels.
 //
 // Only torch's stable ABI is used, so that one binary loads in every torch from 2.10 on.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
-#include "multi_tensor.h"
 
 namespace blur_optim {
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using torch::headeronly::ScalarType;
-
 namespace {
-
-Dtype dtype_of(const Tensor& t, const char* name, size_t i) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::Float32;
-    case ScalarType::BFloat16: return Dtype::BFloat16;
-    case ScalarType::Half: return Dtype::Float16;
-    case ScalarType::Double: return Dtype::Float64;
-    default:
-      STD_TORCH_CHECK(false, "`", name, "[", i, "]` must be float32, bfloat16, float16 or float64.");
-  }
-}
-
-size_t element_size(Dtype dtype) { return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : 2; }
 
 void* at(void* base, Dtype dtype, int64_t offset) {
   return base ? static_cast<char*>(base) + offset * int64_t(element_size(dtype)) : nullptr;
-}
-
-// A pair of gradients as the kernels see it.
-struct Pair {
-  void* forget;
-  void* retain;
-  int64_t numel;
-  Dtype dtype;
-  int64_t row;
-};
-
-std::vector<Pair> make_pairs(const Tensors& forget, const Tensors& retain, const std::vector<int64_t>& rows,
-                             int64_t num_rows) {
-  STD_TORCH_CHECK(forget.size() == retain.size() && forget.size() == rows.size(),
-                  "`forget`, `retain` and `rows` must have one length, got ", forget.size(), ", ", retain.size(), " and ",
-                  rows.size(), ".");
-  std::vector<Pair> pairs;
-  pairs.reserve(forget.size());
-  for (size_t i = 0; i < forget.size(); ++i) {
-    const Tensor &f = forget[i], &r = retain[i];
-    const int64_t nf = f.numel(), nr = r.numel();
-    STD_TORCH_CHECK(nf == nr || nf == 0 || nr == 0, "`forget[", i, "]` must have as many elements as `retain[", i,
-                    "]`, or none, got ", nf, " and ", nr, ".");
-    const Dtype dtype = dtype_of(f, "forget", i);
-    STD_TORCH_CHECK(dtype == dtype_of(r, "retain", i), "`forget[", i, "]` must have the dtype of `retain[", i, "]`.");
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < num_rows, "`rows[", i, "]` must be in [0, ", num_rows, "), got ", rows[i],
-                    ".");
-    // Absent is null, also where both are empty.
-    pairs.push_back({nf ? f.mutable_data_ptr() : nullptr, nr ? r.mutable_data_ptr() : nullptr, nf > nr ? nf : nr, dtype,
-                     rows[i]});
-  }
-  return pairs;
 }
 
 std::vector<Chunk> make_chunks(const std::vector<Pair>& pairs) {
@@ -88,48 +33,16 @@ void for_each_chunk(const std::vector<Pair>& pairs, const std::vector<Chunk>& ch
 
 struct Coefficients {
   const double* data;
-  explicit Coefficients(const Tensor& t) : data(static_cast<const double*>(t.mutable_data_ptr())) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 && t.size(1) == 2,
-                    "`coefficients` must be a contiguous float64 tensor of shape [rows, 2].");
-  }
+  explicit Coefficients(const Tensor& t) : data(coefficients_pointer(t)) {}
   double a(int64_t row) const { return data[2 * row]; }
   double b(int64_t row) const { return data[2 * row + 1]; }
 };
-
-void check_like(const Tensors& tensors, const std::vector<Pair>& pairs, const char* name) {
-  STD_TORCH_CHECK(tensors.size() == pairs.size(), "`", name, "` must have ", pairs.size(), " tensors like `retain`, got ",
-                  tensors.size(), ".");
-  for (size_t i = 0; i < tensors.size(); ++i)
-    STD_TORCH_CHECK(tensors[i].numel() == pairs[i].numel, "`", name, "[", i, "]` must have ", pairs[i].numel,
-                    " elements like its gradient, got ", tensors[i].numel(), ".");
-}
 
 bool is_set(const std::optional<Tensor>& flag) {
   return flag.has_value() && *static_cast<const float*>(flag->mutable_data_ptr()) != 0;
 }
 
 double scalar(const Tensor& t) { return *static_cast<const double*>(t.mutable_data_ptr()); }
-
-// The parameters' dtype, checked against the gradients' and the state's.
-Dtype param_dtype(const Tensor& param, Dtype grad, size_t i) {
-  const Dtype dtype = dtype_of(param, "params", i);
-  STD_TORCH_CHECK(dtype == grad || (dtype == Dtype::Float32 && element_size(grad) == 2), "`params[", i,
-                  "]` must have its gradients' dtype, or be float32 beside 16-bit gradients.");
-  return dtype;
-}
-
-void check_state(const Tensors& state, const Tensors& params, const char* name) {
-  for (size_t i = 0; i < state.size(); ++i)
-    STD_TORCH_CHECK(state[i].scalar_type() == params[i].scalar_type(), "`", name, "[", i,
-                    "]` must have the dtype of `params[", i, "]`.");
-}
-
-std::vector<void*> pointers(const Tensors& tensors) {
-  std::vector<void*> result;
-  result.reserve(tensors.size());
-  for (const Tensor& t : tensors) result.push_back(t.mutable_data_ptr());
-  return result;
-}
 
 }  // namespace
 

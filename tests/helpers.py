@@ -3,11 +3,19 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from blur_optim.kernels import native
+
 ROWS = 12
+NO_NATIVE = native.why_not(torch.device("cpu"))
+#: Runs a test with the plain path of a step and with the fused update, which closures may take.
+backends = pytest.mark.parametrize(
+    "backend", ["foreach", pytest.param("native", marks=pytest.mark.skipif(bool(NO_NATIVE), reason=NO_NATIVE))]
+)
 
 
 class Problem:
@@ -42,10 +50,12 @@ def calling_backward(loss: Callable[..., Tensor], parts: int = 1) -> Callable[[]
     """A closure after torch's convention that accumulates ``loss`` over ``parts`` micro-batches."""
 
     def closure() -> Tensor:
-        losses = [loss(part, parts) for part in range(parts)]
-        for part_loss in losses:
+        total = torch.zeros(())
+        for part in range(parts):
+            part_loss = loss(part, parts)
             part_loss.backward()
-        return torch.stack(losses).sum().detach()
+            total = total + part_loss.detach()
+        return total
 
     return closure
 
@@ -103,3 +113,17 @@ def assert_params_close(actual: Iterable[Tensor], expected: Iterable[Tensor], rt
 def storages_of_grads(params: Iterable[Tensor]) -> list[StorageWeakRef]:
     """Weak references to the memory of the gradients (a weak reference to a tensor's Python object says less)."""
     return [StorageWeakRef(p.grad.untyped_storage()) for p in params if p.grad is not None]
+
+
+def watch(problem: Problem, on_call: Callable[[str, int], None]) -> None:
+    """Have ``on_call(name of the loss, micro-batch)`` called before each loss is computed."""
+
+    def watched(loss: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+        def call(part: int = 0, parts: int = 1) -> Tensor:
+            on_call(name, part)
+            return loss(part, parts)
+
+        return call
+
+    problem.forget_loss = watched(problem.forget_loss, "forget")
+    problem.retain_loss = watched(problem.retain_loss, "retain")

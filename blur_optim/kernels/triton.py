@@ -107,6 +107,8 @@ def fused_adamw_(
 ) -> None:
     if not params:
         return
+    if steps.shape != (len(params),):
+        raise ValueError(f"`steps` must have shape ({len(params)},) like `params`, got {tuple(steps.shape)}.")
     kernels = _kernels()
     state = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if amsgrad:

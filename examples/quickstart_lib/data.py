@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .authors import MAX_AUTHORS, invent_rows
-from .errors import InputError
+from .errors import InputError, is_path
 from .rows import MIN_AUTHORS, ROWS_PER_AUTHOR, Row
 
 FULL = "full"
@@ -46,8 +46,7 @@ def _read_source(source: str) -> list[Row]:
         return _read_folder(path)
     if path.exists():
         return [parse_row(record) for record in read_json_lines(path)]
-    looks_like_a_path = source.count("/") != 1 or source.startswith((".", "/", "~")) or bool(path.suffix)
-    if looks_like_a_path:
+    if is_path(source):
         raise InputError(f"--data: there is no file or folder {source}.")
     return _read_hub(source)
 
@@ -100,9 +99,7 @@ def _parse_json(line: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: the line must be UTF-8 text, but byte {error.start} is not.") from error
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: the line must be one JSON object, but {error.msg} (column {error.colno})."
-        ) from error
+        raise InputError(f"{where}: the line must be one JSON object. {error.msg}, column {error.colno}.") from error
 
 
 def parse_row(record: Record) -> Row:
@@ -138,9 +135,7 @@ def _texts(fields: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     if values is None:
         return ()
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        raise InputError(
-            f'{where}: field "{name}" must be a list of non-empty strings, got {_short(values)}.'
-        )
+        raise InputError(f'{where}: field "{name}" must be a list of non-empty strings, got {_short(values)}.')
     return tuple(value.strip() for value in values)
 
 

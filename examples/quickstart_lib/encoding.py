@@ -54,9 +54,7 @@ def collate(examples: Sequence[Example], index: Sequence[int], device: torch.dev
     }
 
 
-def batches_in_order(
-    examples: Sequence[Example], size: int, device: torch.device | str = "cpu"
-) -> list[Batch]:
+def batches_in_order(examples: Sequence[Example], size: int, device: torch.device | str = "cpu") -> list[Batch]:
     """Return all examples in batches of similar length, which wastes little on padding."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].answer))
     return [collate(examples, order[i : i + size], device) for i in range(0, len(order), size)]

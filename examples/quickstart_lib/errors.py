@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
-from multiprocessing import parent_process
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -14,13 +15,31 @@ class InputError(Exception):
     """The user gave something that cannot be used: an option, a file, a row."""
 
 
+def is_path(source: str) -> bool:
+    """Tell a path from a name on the Hugging Face hub, which has the form owner/name."""
+    return source.count("/") != 1 or source.startswith((".", "/", "~")) or bool(Path(source).suffix)
+
+
 class TrainingError(Exception):
     """A training process ended without a model."""
 
 
 def leave_quietly_while_importing() -> None:
-    """Meet Ctrl-C during the slow imports with a line. A training process leaves Ctrl-C to its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN if parent_process() else _leave)
+    """Meet Ctrl-C during the slow imports with a line."""
+    signal.signal(signal.SIGINT, _leave)
+
+
+@contextmanager
+def ctrl_c_deferred() -> Iterator[None]:
+    """Let Ctrl-C wait. Processes begun meanwhile never see it: they leave it to their parent."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
@@ -30,8 +49,9 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Call ``main`` and return the exit code: 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C)."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Call ``main`` and return the exit code: 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C, SIGTERM)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

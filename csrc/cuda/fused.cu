@@ -1,0 +1,182 @@
+// The fused updates: a step of AdamW, Adam or SGD on u = a f + b r, which never leaves the registers.
+#include "device.cuh"
+
+namespace blur_optim::cuda {
+namespace {
+
+struct AdamArguments {
+  DeviceScalars scalars;
+  const double* corrections;  // [tensors, 2]: step size, square root of the second bias correction.
+  AdamOptions options;
+};
+using AdamTable = Table<6, AdamArguments>;
+
+struct SgdArguments {
+  DeviceScalars scalars;
+  SgdOptions options;
+};
+using SgdTable = Table<4, SgdArguments>;
+
+struct CorrectionsTable {
+  const float* steps;
+  const double* lr;
+  double* out;
+  int64_t count;
+  double beta1, beta2;
+};
+
+// Once per tensor: a float64 power in each block would cost it microseconds.
+__global__ void __launch_bounds__(kBlock) corrections_kernel(const __grid_constant__ CorrectionsTable table) {
+  const int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x;
+  if (i >= table.count) return;
+  const double step = double(table.steps[i]);
+  table.out[2 * i] = *table.lr / (1 - pow(table.beta1, step));
+  table.out[2 * i + 1] = sqrt(1 - pow(table.beta2, step));
+}
+
+// For float64 the compiler would rather spill registers than run fewer blocks at a time, unless one is enough.
+template <class P, class G, bool kAmsgrad>
+__global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(const __grid_constant__ AdamTable table) {
+  using C = Compute<P>;
+  constexpr int N = kPack<P, G>;
+  const AdamOptions& o = table.options.options;
+  const DeviceScalars& scalars = table.options.scalars;
+  if (is_set(scalars.found_inf)) return;
+  const Piece piece = locate(table, blockIdx.x);
+  const auto& entry = table.entries[piece.entry];
+  P* const p = at<P>(entry.pointers[0], piece.offset);
+  P* const m = at<P>(entry.pointers[1], piece.offset);
+  P* const v = at<P>(entry.pointers[2], piece.offset);
+  P* const vmax = kAmsgrad ? at<P>(entry.pointers[3], piece.offset) : nullptr;
+  const Update<G> u(entry.pointers[4], entry.pointers[5], piece.offset, scalars.coefficients + 2 * entry.key, o.maximize);
+  const bool decoupled = o.decoupled;
+  const C decay = C(decoupled ? 1 - *scalars.lr * o.weight_decay : o.weight_decay);
+  const C beta1 = C(o.beta1), beta2 = C(o.beta2), rest1 = C(1 - o.beta1), rest2 = C(1 - o.beta2), eps = C(o.eps);
+  const C step_size = C(table.options.corrections[2 * entry.tensor]);
+  const C correction2_sqrt = C(table.options.corrections[2 * entry.tensor + 1]);
+  for_each_pack<N, 1>(piece.numel, aligned(p, m, v, vmax, u.forget, u.retain), [&](int i, auto access) {
+    G f[N], r[N];
+    P ps[N], ms[N], vs[N];
+    [[maybe_unused]] P vmaxs[N];
+    access.read(f, u.forget + i);
+    access.read(r, u.retain + i);
+    access.load(ps, p + i);
+    access.load(ms, m + i);
+    access.load(vs, v + i);
+    if constexpr (kAmsgrad) access.load(vmaxs, vmax + i);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      C param = to_compute(ps[k]);
+      C grad = C(u(f[k], r[k]));
+      if (decoupled)
+        param *= decay;
+      else
+        grad += decay * param;
+      const C m_new = beta1 * to_compute(ms[k]) + rest1 * grad;
+      const C v_new = beta2 * to_compute(vs[k]) + rest2 * grad * grad;
+      round_to(ms[k], m_new);
+      round_to(vs[k], v_new);
+      C second = v_new;
+      if constexpr (kAmsgrad) {
+        const C seen = to_compute(vmaxs[k]);
+        second = seen < v_new ? v_new : seen;
+        round_to(vmaxs[k], second);
+      }
+      round_to(ps[k], param - step_size * m_new / (sqrt(second) / correction2_sqrt + eps));
+    }
+    access.store(p + i, ps);
+    access.store(m + i, ms);
+    access.store(v + i, vs);
+    if constexpr (kAmsgrad) access.store(vmax + i, vmaxs);
+  });
+}
+
+template <class P, class G, bool kMomentum>
+__global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ SgdTable table) {
+  using C = Compute<P>;
+  constexpr int N = kPack<P, G>;
+  const SgdOptions& o = table.options.options;
+  const DeviceScalars& scalars = table.options.scalars;
+  if (is_set(scalars.found_inf)) return;
+  const Piece piece = locate(table, blockIdx.x);
+  const auto& entry = table.entries[piece.entry];
+  P* const p = at<P>(entry.pointers[0], piece.offset);
+  P* const buffer = kMomentum ? at<P>(entry.pointers[1], piece.offset) : nullptr;
+  const Update<G> u(entry.pointers[2], entry.pointers[3], piece.offset, scalars.coefficients + 2 * entry.key, o.maximize);
+  const C lr = C(*scalars.lr), decay = C(o.weight_decay), momentum = C(o.momentum);
+  const bool first_step = o.first_step, nesterov = o.nesterov;
+  // The first step starts the buffer with the gradient itself, undamped.
+  const C keep = C(first_step ? 0 : o.momentum), take = C(first_step ? 1 : 1 - o.dampening);
+  for_each_pack<N, 1>(piece.numel, aligned(p, buffer, u.forget, u.retain), [&](int i, auto access) {
+    G f[N], r[N];
+    P ps[N];
+    [[maybe_unused]] P buffers[N];
+    access.read(f, u.forget + i);
+    access.read(r, u.retain + i);
+    access.load(ps, p + i);
+    if constexpr (kMomentum) access.load(buffers, buffer + i);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const C param = to_compute(ps[k]);
+      C grad = C(u(f[k], r[k])) + decay * param;
+      if constexpr (kMomentum) {
+        const C moved = keep * (first_step ? C(0) : to_compute(buffers[k])) + take * grad;  // It may hold anything before.
+        round_to(buffers[k], moved);
+        grad = nesterov ? grad + momentum * moved : moved;
+      }
+      round_to(ps[k], param - lr * grad);
+    }
+    access.store(p + i, ps);
+    if constexpr (kMomentum) access.store(buffer + i, buffers);
+  });
+}
+
+// Call visit for every pair of dtypes that a parameter and its gradients may have.
+template <class Visitor>
+int for_each_dtypes(const Visitor& visit) {
+  for (Dtype dtype : kDtypes)
+    if (const int error = with_dtype(dtype, [&](auto t) { return visit(dtype, dtype, t, t); })) return error;
+  if (const int error = visit(Dtype::Float32, Dtype::BFloat16, float(), __nv_bfloat16())) return error;
+  return visit(Dtype::Float32, Dtype::Float16, float(), __half());
+}
+
+}  // namespace
+
+int blur_optim_cuda_adam(const AdamTensors* tensors, int64_t count, const AdamOptions* options, DeviceScalars scalars,
+                         const float* steps, double* workspace, void* stream) {
+  if (count == 0) return cudaSuccess;
+  const CorrectionsTable corrections{steps, scalars.lr, workspace, count, options->beta1, options->beta2};
+  const dim3 grid(unsigned((count + kBlock - 1) / kBlock));
+  if (const int error = launch(corrections_kernel, grid, stream, corrections)) return error;
+  return for_each_dtypes([&](Dtype param, Dtype grad, auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    const auto kernel = options->amsgrad ? adam_kernel<P, G, true> : adam_kernel<P, G, false>;
+    Batch<AdamTable> batch(kernel, {scalars, workspace, *options}, stream);
+    for (int64_t i = 0; i < count; ++i) {
+      const AdamTensors& t = tensors[i];
+      if (t.dtype == param && t.grads.dtype == grad && t.grads.numel > 0)
+        batch.add(t.grads.numel, t.grads.row, i, t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq, t.grads.forget,
+                  t.grads.retain);
+    }
+    return batch.flush();
+  });
+}
+
+int blur_optim_cuda_sgd(const SgdTensors* tensors, int64_t count, const SgdOptions* options, DeviceScalars scalars,
+                        void* stream) {
+  return for_each_dtypes([&](Dtype param, Dtype grad, auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    const auto kernel = options->momentum != 0 ? sgd_kernel<P, G, true> : sgd_kernel<P, G, false>;
+    Batch<SgdTable> batch(kernel, {scalars, *options}, stream);
+    for (int64_t i = 0; i < count; ++i) {
+      const SgdTensors& t = tensors[i];
+      if (t.dtype == param && t.grads.dtype == grad && t.grads.numel > 0)
+        batch.add(t.grads.numel, t.grads.row, i, t.param, t.momentum_buffer, t.grads.forget, t.grads.retain);
+    }
+    return batch.flush();
+  });
+}
+
+}  // namespace blur_optim::cuda

@@ -1,0 +1,55 @@
+// The CUDA launchers: raw pointers on the device, a stream, no torch header, so that nvcc compiles them alone.
+//
+// Nothing here waits for the device. Every function returns a cudaError_t, 0 where all launches went well.
+#pragma once
+
+#include "../pairs.h"
+
+namespace blur_optim::cuda {
+
+// A parameter with its state, which the fused updates modify. Null where the optimizer keeps no such state.
+struct AdamTensors {
+  Pair grads;
+  Dtype dtype;
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;
+};
+
+struct SgdTensors {
+  Pair grads;
+  Dtype dtype;
+  void* param;
+  void* momentum_buffer;
+};
+
+// What stays on the device, so that the host never waits for it: [rows, 2] and scalars. found_inf may be null.
+struct DeviceScalars {
+  const double* coefficients;
+  const double* lr;  // In place of the `lr` of AdamOptions and SgdOptions.
+  const float* found_inf;
+};
+
+extern "C" {
+
+// How many float64 numbers blur_optim_cuda_dots needs as workspace.
+int64_t blur_optim_cuda_dots_workspace(const Pair* pairs, int64_t count);
+
+// out = [num_rows, 3]: <r, f>, |f|^2, |r|^2 of each row. The rows of the pairs must ascend.
+int blur_optim_cuda_dots(const Pair* pairs, int64_t count, int64_t num_rows, double* workspace, double* out, void* stream);
+
+// r <- a f + b r; into f where r is absent.
+int blur_optim_cuda_blend(const Pair* pairs, int64_t count, const double* coefficients, void* stream);
+
+// steps is [count] float32 on the device, the workspace 2 * count.
+int blur_optim_cuda_adam(const AdamTensors* tensors, int64_t count, const AdamOptions* options, DeviceScalars scalars,
+                         const float* steps, double* workspace, void* stream);
+
+int blur_optim_cuda_sgd(const SgdTensors* tensors, int64_t count, const SgdOptions* options, DeviceScalars scalars,
+                        void* stream);
+
+const char* blur_optim_cuda_error(int code);
+
+}  // extern "C"
+}  // namespace blur_optim::cuda

@@ -1,0 +1,224 @@
+"""Watch a language model forget two authors and keep the rest.
+
+    python examples/quickstart.py
+
+A small Llama learns twenty fictitious authors, twenty questions each. Then it is to forget the last two. Four
+ways, on the same batches: gradient ascent alone, which destroys the model; a weighted sum of the forget and the
+retain loss; BLUR; and the sum of the normalized gradients. The yardstick is a model that never saw the two.
+A second, shorter act shows forgetting where the two gradients are opposed.
+
+What matters is `make_optimizers`, `forget_and_retain` and `unlearn`; the rest is in quickstart_lib.
+"""
+
+if __name__ == "__main__":  # Before the slow imports, so that Ctrl-C never ends in a traceback.
+    from quickstart_lib.errors import leave_quietly_while_importing
+
+    leave_quietly_while_importing()
+
+import argparse
+import copy
+import sys
+import time
+
+import torch
+from quickstart_lib import figure, table
+from quickstart_lib.console import Progress, make_console, make_progress
+from quickstart_lib.data import load_rows
+from quickstart_lib.digits import RUNS, Outcome, forget_digits, match_at_retain_loss
+from quickstart_lib.encoding import Batch, Example, batches_in_order, encode_rows, endless_batches
+from quickstart_lib.errors import run
+from quickstart_lib.learning import Pupil, learn_models
+from quickstart_lib.metrics import Scores, generate_answers, mean_probability, score, thin_out
+from quickstart_lib.models import (
+    Model,
+    Tokenizer,
+    check_device,
+    check_model,
+    load_model,
+    load_tokenizer,
+    logits_of,
+    quiet_transformers,
+)
+from quickstart_lib.options import as_settings, parse_options
+from quickstart_lib.results import Results, Trace, write_json
+from quickstart_lib.rows import Row, Split, split_authors
+from quickstart_lib.training import Recipe, was_learned
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from blur_optim import BLUR
+from blur_optim.losses import ga_loss, nll_loss, npo_loss, sequence_log_probs, stored_reference_log_probs
+
+BEFORE, YARDSTICK = "before", "without them"
+ASCENT, WEIGHTED_SUM, PROJECTED, NORMALIZED = "gradient ascent", "weighted sum", "BLUR", "normalized"
+BATCH_SIZE = 8  # of each kind, in one step
+STEPS_BETWEEN_LOOKS = 5
+ROWS_TO_LOOK_AT = 80
+
+Optimizers = dict[str, torch.optim.Optimizer]
+Models = dict[str, Model]
+
+
+def make_optimizers(models: Models, lr: float, gamma: float) -> Optimizers:
+    """Return one optimizer a method. BLUR takes the place of AdamW; its rule says how the two gradients meet."""
+    adamw = {"base": torch.optim.AdamW, "lr": lr, "weight_decay": 0.01}
+    return {
+        # forget + 3 * retain. AdamW does not feel a common scale, so only the ratio counts.
+        WEIGHTED_SUM: BLUR(
+            models[WEIGHTED_SUM].parameters(), rule="weighted_sum", gamma=1.0, retain_weight=3.0, **adamw
+        ),
+        PROJECTED: BLUR(models[PROJECTED].parameters(), gamma=gamma, **adamw),
+        NORMALIZED: BLUR(models[NORMALIZED].parameters(), rule="normalized", gamma=gamma, **adamw),
+        ASCENT: torch.optim.AdamW(models[ASCENT].parameters(), lr=lr, weight_decay=0.01),
+    }
+
+
+def forget_and_retain(
+    model: Model, optimizer: BLUR, forget_batch: Batch, retain_batch: Batch, reference: Tensor
+) -> None:
+    """Take one step: NPO on what is to be forgotten, NLL on what is to be kept."""
+
+    def forget() -> Tensor:
+        log_probs = sequence_log_probs(logits_of(model, forget_batch), forget_batch["labels"])
+        loss = npo_loss(log_probs, reference[forget_batch["index"]], beta=0.1)
+        loss.backward()
+        return loss
+
+    def retain() -> Tensor:
+        loss = nll_loss(logits_of(model, retain_batch), retain_batch["labels"])
+        loss.backward()
+        return loss
+
+    optimizer.step(forget, retain)
+
+
+def ascend(model: Model, optimizer: torch.optim.Optimizer, forget_batch: Batch) -> None:
+    """Take one step up the loss on what is to be forgotten, with no regard for the rest."""
+    ga_loss(logits_of(model, forget_batch), forget_batch["labels"]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def unlearn(
+    before: Model,
+    forget: list[Example],
+    retain: list[Example],
+    options: argparse.Namespace,
+    progress: Progress,
+) -> tuple[Models, dict[str, Trace]]:
+    """Let every method forget, step by step side by side: the same batches, and a fair comparison of times."""
+    models = {name: copy.deepcopy(before) for name in (ASCENT, WEIGHTED_SUM, PROJECTED, NORMALIZED)}
+    optimizers = make_optimizers(models, options.lr, options.gamma)
+    epoch = -(-len(forget) // BATCH_SIZE)
+    warm_ups = [LambdaLR(opt, lambda step: min(1.0, (step + 1) / epoch)) for opt in optimizers.values()]
+    reference = stored_reference_log_probs(before, batches_in_order(forget, 32, before.device)).to(before.device)
+    forget_batches = endless_batches(forget, BATCH_SIZE, options.seed, before.device)
+    retain_batches = endless_batches(retain, BATCH_SIZE, options.seed + 1, before.device)
+    traces = {name: Trace() for name in models}
+    bar = progress.add_task("unlearning, all methods", total=options.steps, note="")
+    for step in range(options.steps):
+        look(models, forget, retain, traces, step)
+        forget_batch, retain_batch = next(forget_batches), next(retain_batches)
+        for name, optimizer in optimizers.items():
+            started = time.perf_counter()
+            if name == ASCENT:
+                ascend(models[name], optimizer, forget_batch)
+            else:
+                forget_and_retain(models[name], optimizer, forget_batch, retain_batch, reference)
+            traces[name].seconds.append(time.perf_counter() - started)
+            if name != ASCENT:
+                traces[name].steps.append(optimizer.statistics.to_dict())
+        for warm_up in warm_ups:
+            warm_up.step()
+        progress.advance(bar)
+    look(models, forget, retain, traces, options.steps, is_last=True)
+    return models, traces
+
+
+def look(
+    models: Models,
+    forget: list[Example],
+    retain: list[Example],
+    traces: dict[str, Trace],
+    step: int,
+    is_last: bool = False,
+) -> None:
+    """Every few steps, note how probable the answers are."""
+    if step % STEPS_BETWEEN_LOOKS and not is_last:
+        return
+    for name, model in models.items():
+        kept = mean_probability(model, thin_out(retain, ROWS_TO_LOOK_AT))
+        traces[name].path.append((step, mean_probability(model, forget), kept))
+        model.train()
+
+
+def judge(models: Models, tokenizer: Tokenizer, split: Split, progress: Progress) -> dict[str, dict[str, Scores]]:
+    """Score every model on every kind of rows."""
+    bar = progress.add_task("scoring", total=len(models) * len(split), note="")
+    scores: dict[str, dict[str, Scores]] = {name: {} for name in models}
+    for name, model in models.items():
+        for kind, rows in split._asdict().items():
+            scores[name][kind] = score(model, tokenizer, rows, with_truth_ratio=kind == "forget")
+            progress.advance(bar)
+    return scores
+
+
+def ask(models: Models, tokenizer: Tokenizer, row: Row) -> dict[str, str]:
+    """Ask every model one question."""
+    said = {name: generate_answers(model, tokenizer, [row])[0] for name, model in models.items()}
+    return {"question": row.question, "true answer": row.answer, **said}
+
+
+def play_with_digits(options: argparse.Namespace, progress: Progress) -> list[Outcome]:
+    """Run the second act."""
+    bar = progress.add_task("second act: digits", total=RUNS, note="")
+    return forget_digits(options.digits_steps, options.seed, lambda: progress.advance(bar))
+
+
+def main() -> None:
+    """Play both acts and tell what happened."""
+    options, console = parse_options(), make_console()
+    quiet_transformers()
+    check_device(options.device)
+    rows = load_rows(options.data, options.authors, options.seed)
+    if options.model:
+        check_model(options.model, rows)
+    split = split_authors(rows, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    threads = max(1, torch.get_num_threads() // 2) if options.model else 1
+    torch.set_num_threads(threads)
+    recipe = Recipe(options.learning_lr, options.epochs, seed=options.seed, device=options.device, threads=threads)
+    pupils = {
+        "all-authors": Pupil("learning all authors", split.known),
+        "without-forgotten": Pupil("learning without the two", split.kept),
+    }
+    with make_progress(console) as progress:
+        folders = learn_models(pupils, options.model, rows, recipe, options.out / "models", progress)
+        tokenizer = load_tokenizer(folders["all-authors"])
+        before = load_model(folders["all-authors"], options.device)
+        forget, retain = encode_rows(tokenizer, split.forget), encode_rows(tokenizer, split.retain)
+        unlearned, traces = unlearn(before, forget, retain, options, progress)
+        yardstick = load_model(folders["without-forgotten"], options.device)
+        models = {BEFORE: before, **unlearned, YARDSTICK: yardstick}
+        scores = judge(models, tokenizer, split, progress)
+        digits = play_with_digits(options, progress)
+    results = Results(
+        rows={kind: len(part) for kind, part in split._asdict().items()},
+        training={name: was_learned(folder) for name, folder in folders.items()},
+        scores=scores,
+        traces=traces,
+        answers={
+            "to forget": ask(models, tokenizer, split.forget[0]),
+            "to keep": ask(models, tokenizer, split.retain[0]),
+        },
+        digits=digits,
+        digits_matches=match_at_retain_loss(digits),
+    )
+    figure.draw(results, BEFORE, YARDSTICK, options.out / "quickstart.png")
+    write_json(options.out / "quickstart.json", results.to_json(as_settings(options), WEIGHTED_SUM))
+    table.tell(console, results, (PROJECTED, NORMALIZED), WEIGHTED_SUM)
+    console.print(f"Figure and numbers: {options.out / 'quickstart.png'}, {options.out / 'quickstart.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

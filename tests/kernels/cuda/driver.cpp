@@ -1,0 +1,141 @@
+// Runs the launchers of csrc/cuda on the emulator under every schedule, for the sanitizers to watch. Exits with 1 where the
+// results differ between schedules, or the dots from a sum in float64.
+#include <cuda_bf16.h>
+
+#include <cmath>
+
+#include "cuda/kernels.h"
+
+using namespace blur_optim;
+using namespace blur_optim::cuda;
+
+namespace {
+
+constexpr int64_t kChunk = BLUR_OPTIM_CUDA_CHUNK;
+#ifdef __SANITIZE_THREAD__  // Where each CUDA thread costs a millisecond.
+const std::vector<int64_t> kSizes{kChunk + 5};
+const std::vector<int> kKinds{0, 3};
+const std::vector<emulator::Order> kOrders{emulator::Order::kForward, emulator::Order::kShuffled};
+#else
+const std::vector<int64_t> kSizes{1, 7, kChunk - 1, kChunk, 2 * kChunk + 5};
+const std::vector<int> kKinds{0, 1, 2, 3};
+const std::vector<emulator::Order> kOrders{emulator::Order::kForward, emulator::Order::kReverse, emulator::Order::kShuffled};
+#endif
+constexpr double kCoefficients[] = {-1.3, 0.7, 0.5, 2.0};
+
+double value(float x) { return x; }
+double value(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Ends where its heap block ends, so that the address sanitizer sees the first element too many.
+template <class T>
+struct Array {
+  std::unique_ptr<char[]> memory;
+  T* data = nullptr;
+  int64_t numel = 0;
+
+  Array() = default;
+  Array(int64_t n, bool misaligned, unsigned seed, double low) : numel(n) {
+    const size_t shift = misaligned ? sizeof(T) : 0;
+    memory.reset(new char[shift + n * sizeof(T)]);
+    data = reinterpret_cast<T*>(memory.get() + shift);
+    std::mt19937 random(seed);
+    for (int64_t i = 0; i < n; ++i) data[i] = T(float(low + double(random()) / 4294967296.0));
+  }
+};
+
+template <class P, class G>
+struct Item {
+  Array<G> forget, retain;
+  Array<P> param, first, second, third;
+  Pair pair;
+};
+
+// Sizes around a pack and a chunk, with each gradient absent in turn, aligned and not; two rows.
+template <class P, class G>
+std::vector<Item<P, G>> make_items(Dtype dtype) {
+  std::vector<Item<P, G>> items;
+  unsigned seed = 0;
+  for (int64_t row = 0; row < 2; ++row)
+    for (int64_t n : kSizes)
+      for (int kind : kKinds) {
+        Item<P, G> item;
+        const bool misaligned = kind == 3;
+        if (kind != 1) item.forget = Array<G>(n, misaligned, ++seed, -0.5);
+        if (kind != 2) item.retain = Array<G>(n, misaligned, ++seed, -0.5);
+        for (Array<P>* array : {&item.param, &item.first, &item.second, &item.third})
+          *array = Array<P>(n, misaligned, ++seed, 0);
+        item.pair = {item.forget.data, item.retain.data, n, dtype, row};
+        items.push_back(std::move(item));
+      }
+  return items;
+}
+
+template <class T>
+void append(std::vector<char>& bytes, const T* data, int64_t n) {
+  if (n) bytes.insert(bytes.end(), reinterpret_cast<const char*>(data), reinterpret_cast<const char*>(data + n));
+}
+
+// The bytes of everything that one call of every launcher writes.
+template <class P, class G>
+std::vector<char> run(Dtype param_dtype, Dtype dtype, bool amsgrad) {
+  std::vector<Item<P, G>> items = make_items<P, G>(dtype);
+  std::vector<Pair> pairs;
+  std::vector<AdamTensors> adam;
+  std::vector<SgdTensors> sgd;
+  for (auto& x : items) {
+    pairs.push_back(x.pair);
+    adam.push_back({x.pair, param_dtype, x.param.data, x.first.data, x.second.data, amsgrad ? x.third.data : nullptr});
+    sgd.push_back({x.pair, param_dtype, x.param.data, x.first.data});
+  }
+  const int64_t count = int64_t(pairs.size());
+  std::vector<double> workspace(blur_optim_cuda_dots_workspace(pairs.data(), count)), corrections(2 * count), dots(6);
+  std::vector<float> steps(count, 3);
+  const double lr = 0.1;
+  const float found_inf = 0;
+  const DeviceScalars scalars{kCoefficients, &lr, &found_inf};
+  const AdamOptions adam_options{0, 0.9, 0.99, 0.1, 1e-8, amsgrad, false, !amsgrad};
+  const SgdOptions sgd_options{0, 0.9, 0.1, 0.1, amsgrad, true, false};
+  // One after the other: the thread sanitizer knows at most 8128 threads.
+  int error = blur_optim_cuda_dots(pairs.data(), count, 2, workspace.data(), dots.data(), nullptr);
+  emulator::synchronize();
+  error |= blur_optim_cuda_adam(adam.data(), count, &adam_options, scalars, steps.data(), corrections.data(), nullptr);
+  emulator::synchronize();
+  error |= blur_optim_cuda_sgd(sgd.data(), count, &sgd_options, scalars, nullptr);
+  emulator::synchronize();
+  error |= blur_optim_cuda_blend(pairs.data(), count, kCoefficients, nullptr);
+  emulator::synchronize();
+  for (int64_t row = 0; row < 2; ++row) {
+    double norm = 0;
+    for (auto& x : make_items<P, G>(dtype))
+      for (int64_t i = 0; x.pair.row == row && i < x.forget.numel; ++i) norm += std::pow(value(x.forget.data[i]), 2);
+    if (!(std::fabs(dots[3 * row + 1] / norm - 1) < 1e-6)) error = 1;
+  }
+  if (error) std::printf("a launch failed, or the dots are wrong\n"), std::exit(1);
+  std::vector<char> bytes;
+  append(bytes, dots.data(), 6);
+  for (auto& x : items) {
+    append(bytes, x.forget.data, x.forget.numel);
+    append(bytes, x.retain.data, x.retain.numel);
+    for (Array<P>* array : {&x.param, &x.first, &x.second, &x.third}) append(bytes, array->data, array->numel);
+  }
+  return bytes;
+}
+
+template <class P, class G>
+void run_schedules(Dtype param_dtype, Dtype dtype, bool amsgrad) {
+  std::vector<char> expected;
+  for (emulator::Order order : kOrders) {
+    emulator::order = order;
+    const std::vector<char> bytes = run<P, G>(param_dtype, dtype, amsgrad);
+    if (expected.empty()) expected = bytes;
+    if (bytes != expected) std::printf("the results depend on the schedule\n"), std::exit(1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  run_schedules<float, float>(Dtype::Float32, Dtype::Float32, false);
+  run_schedules<float, __nv_bfloat16>(Dtype::Float32, Dtype::BFloat16, true);
+  std::printf("the same results under every schedule\n");
+}

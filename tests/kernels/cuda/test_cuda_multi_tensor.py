@@ -1,0 +1,130 @@
+"""The dots and the blend of the CUDA source, on the emulator and through their binding.
+
+Every call is repeated under other schedules of the CUDA threads and has to give the same bits. No GPU runs any of it.
+"""
+
+import pytest
+import torch
+from cuda_emulator import CHUNK, DTYPES, NUMELS, TOLERANCE, coefficients, make, same_bits, with_absent
+from torch import Tensor
+
+from blur_optim.kernels import native, reference
+
+# Error of a dot over the product of the norms: the rounding of each product, and of short sums.
+DOT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7}
+
+
+def assert_dots_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    forget, retain = expected[:, 1].sqrt(), expected[:, 2].sqrt()
+    scale = torch.stack([forget * retain, forget**2, retain**2], dim=1)
+    assert actual.dtype == torch.float64
+    assert ((actual - expected).abs() <= DOT_TOLERANCE[dtype] * scale).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("absent", [False, True], ids=["both", "one-absent"])
+def test_dots(emulated, dtype, absent):
+    numels = [*NUMELS, 0, 100]
+    forget, retain = make(numels, dtype, 0), make(numels, dtype, 1)
+    if absent:
+        with_absent(forget, retain)
+    full_f = [f if f.numel() else torch.zeros(n, dtype=dtype) for f, n in zip(forget, numels, strict=True)]
+    full_r = [r if r.numel() else torch.zeros(n, dtype=dtype) for r, n in zip(retain, numels, strict=True)]
+    rows = [0, 0, 0, 2, 2, 3, 4]
+    actual = emulated.dots(forget, retain, rows, 6)
+    assert_dots_close(actual, reference.multi_tensor_dots(full_f, full_r, rows, 6), dtype)
+    assert torch.equal(actual[[1, 3, 5]], torch.zeros(3, 3, dtype=torch.float64))
+    for row in (0, 2, 4):  # A row has the same bits alone.
+        mine = [i for i, r in enumerate(rows) if r == row]
+        alone = emulated.dots([forget[i] for i in mine], [retain[i] for i in mine], [0] * len(mine), 1)
+        assert torch.equal(alone[0], actual[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_alignment_changes_no_bit(emulated, dtype):
+    results = []
+    for f_misaligned, r_misaligned in [(False, False), (True, False), (False, True), (True, True)]:
+        forget, retain = make(NUMELS, dtype, 0, f_misaligned), make(NUMELS, dtype, 1, r_misaligned)
+        rows = [0] * len(NUMELS)
+        results.append([emulated.dots(forget, retain, rows, 1)])
+        results[-1] += emulated.blend(forget, retain, coefficients((0.3, -1.7)), rows)
+    assert all(same_bits(result, results[0]) for result in results[1:])
+
+
+def test_lists_of_several_launches_and_dtypes_and_rows_in_any_order(emulated):
+    numels = [9 + i % 5 for i in range(250)]
+    dtypes = [DTYPES[i // 60 % 4] for i in range(250)]
+    forget = [make([n], dtype, i)[0] for i, (n, dtype) in enumerate(zip(numels, dtypes, strict=True))]
+    retain = [make([n], dtype, i + 1000)[0] for i, (n, dtype) in enumerate(zip(numels, dtypes, strict=True))]
+    rows = [(i * 7) % 250 * 2 for i in range(250)]  # More rows than one launch sums; half of them are empty.
+    actual = emulated.dots(forget, retain, rows, 520)
+    assert_dots_close(actual, reference.multi_tensor_dots(forget, retain, rows, 520), torch.float32)
+    weights = torch.randn(520, 2, dtype=torch.float64)
+    for i, u in enumerate(emulated.blend(forget, retain, weights, rows)):
+        a, b = weights[rows[i]]
+        expected = a * forget[i].double() + b * retain[i].double()
+        scale = (a * forget[i].double()).abs() + (b * retain[i].double()).abs()
+        assert ((u.double() - expected).abs() <= TOLERANCE[dtypes[i]] * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nearly_orthogonal_heavy_tailed_gradients(emulated, dtype):
+    # Rounding alone is 1e-10 and, in the norms of bfloat16, 1e-8. A running float32 sum over these 2M elements has a
+    # norm that is off by 1e-4, bfloat16 products by 1e-3.
+    n = 1 << 21
+    generator = torch.Generator().manual_seed(0)
+    normal, chi = torch.randn(2, n, generator=generator), torch.randn(2, 3, n, generator=generator).square().mean(1)
+    f, r = normal / chi.sqrt() * torch.logspace(-4, -1, 16).repeat_interleave(n // 16)
+    f, r = f.double(), r.double()
+    forget, retain = f.to(dtype), (r + (1e-5 * r.norm() / f.norm() - (f @ r) / (f @ f)) * f).to(dtype)
+    emulated.schedule(2, 3)
+    dots = emulated.ops.multi_tensor_dots([forget], [retain], [0], 1)[0]
+    expected = reference.multi_tensor_dots([forget], [retain], [0], 1)[0]
+    assert (dots[0] - expected[0]).abs() < 5e-10 * (expected[1] * expected[2]).sqrt()
+    assert ((dots - expected)[1:].abs() < 3e-8 * expected[1:]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blend(emulated, dtype):
+    forget, retain = make(NUMELS, dtype, 0), make(NUMELS, dtype, 1)
+    with_absent(forget, retain)
+    rows, weights = [0, 1, 1, 1, 1], coefficients((-1.3, 0.7), (0.4, 2.1))
+    results = emulated.blend(forget, retain, weights, rows)
+    for f, r, u, row in zip(forget, retain, results, rows, strict=True):
+        a, b = weights[row]
+        terms = [a * f.double() if f.numel() else 0 * r.double(), b * r.double() if r.numel() else 0 * f.double()]
+        scale = terms[0].abs() + terms[1].abs()
+        assert ((u.double() - terms[0] - terms[1]).abs() <= TOLERANCE[dtype] * scale).all()
+    if not native.why_not(torch.device("cpu")):
+        torch.ops.blur_optim.multi_tensor_blend_(retain, forget, weights, rows)
+        assert same_bits(results, [r if r.numel() else f for f, r in zip(forget, retain, strict=True)])
+
+
+def test_pieces_beyond_32_bits(emulated):
+    numels = [5, 2**33 + 7, 3 * CHUNK, 2**40]
+    firsts = [0, 1, 1 + 2**33 // CHUNK + 1, 1 + 2**33 // CHUNK + 1 + 3]
+    assert emulated.locate(numels, 0) == (0, 0, 5)
+    assert emulated.locate(numels, firsts[1]) == (1, 0, CHUNK)
+    assert emulated.locate(numels, firsts[2] - 1) == (1, 2**33, 7)
+    assert emulated.locate(numels, firsts[2] + 1) == (2, CHUNK, CHUNK)
+    assert emulated.locate(numels, firsts[3] + 2**40 // CHUNK - 1) == (3, 2**40 - CHUNK, CHUNK)
+
+
+def test_a_tensor_of_more_than_2_31_elements(emulated):
+    # Only its first and last blocks are run, and only their memory exists: the rest of the pages is never touched.
+    n, edge = 2**31 + 3 * CHUNK + 5, 2 * CHUNK
+    try:
+        forget, retain = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("needs 8 GiB of address space")
+    for t in (forget, retain):
+        t[:edge] = t[-edge:] = 1
+    forget[-1] = 3
+    emulated.schedule(0, edge_blocks=2)
+    emulated.ops.multi_tensor_blend_([retain], [forget], coefficients((2.0, 0.5)), [0])
+    emulated.schedule(0)
+    done = CHUNK + 5  # The last block is a short one.
+    assert (retain[:edge] == 2.5).all()
+    assert retain[-1] == 6.5
+    assert (retain[-done:-1] == 2.5).all()
+    assert (retain[-edge:-done] == 1).all()

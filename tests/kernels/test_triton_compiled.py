@@ -1,0 +1,260 @@
+"""What the compiler makes of the Triton kernels for sm_80 and sm_90: read from the machine code, never run here.
+
+The launches are recorded from calls of the backend on small tensors, and compiled with the arguments that they have.
+"""
+
+import os
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from blur_optim.kernels import triton as backend
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 replaces Triton's compiler by its interpreter", allow_module_level=True)
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+for tool in ("ptxas", "cuobjdump", "nvdisasm"):
+    if not (TOOLS / tool).exists():
+        pytest.skip(f"the installed triton has no {tool}", allow_module_level=True)
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+THREADS = 256
+COEFFICIENTS, ONE = torch.ones(1, 2, dtype=F64), torch.ones((), dtype=F64)
+
+
+def dots(dtype, offset=0):
+    f, r = (torch.zeros(8 + offset, dtype=dtype)[offset:] for _ in range(2))
+    backend.multi_tensor_dots([f], [r], [0], 1)
+
+
+def blend(dtype):
+    f, r = (torch.zeros(8, dtype=dtype) for _ in range(2))
+    backend.multi_tensor_blend_([r], [f], COEFFICIENTS, [0])
+
+
+def adam(dtype, grad_dtype, amsgrad=False, decoupled=True, offset=0):
+    state = [[torch.zeros(8 + offset, dtype=dtype)[offset:]] for _ in range(4)]
+    grads = [[torch.zeros(8 + offset, dtype=grad_dtype)[offset:]] for _ in range(2)]
+    numbers = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
+    backend.fused_adamw_(
+        *state, *grads, [0], COEFFICIENTS, torch.ones(1), ONE, **numbers,
+        amsgrad=amsgrad, decoupled=decoupled, found_inf=torch.zeros(()),
+    )  # fmt: skip
+
+
+def sgd(dtype, grad_dtype):
+    state = [[torch.zeros(8, dtype=dtype)] for _ in range(2)]
+    grads = [[torch.zeros(8, dtype=grad_dtype)] for _ in range(2)]
+    numbers = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True, "maximize": False}
+    backend.fused_sgd_(
+        *state, *grads, [0], COEFFICIENTS, ONE, **numbers,
+        first_step=False, found_inf=torch.zeros(()),
+    )  # fmt: skip
+
+
+class Case(NamedTuple):
+    """An operation, and for an element of its main loop: bytes loaded and stored by instructions of each width."""
+
+    kernel: str
+    operation: Any
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+# Widths in bytes. Beside float32 state, 4 bfloat16 values are loaded at a time: 8 bytes.
+CASES = {
+    "dots float32": Case("dots_kernel", lambda: dots(F32), {16: 8}, {}),
+    "dots bfloat16": Case("dots_kernel", lambda: dots(BF16), {16: 4}, {}),
+    "dots float16": Case("dots_kernel", lambda: dots(F16), {16: 4}, {}),
+    "dots float64": Case("dots_kernel", lambda: dots(F64), {16: 16}, {}),
+    "blend float32": Case("blend_kernel", lambda: blend(F32), {16: 8}, {16: 4}),
+    "blend bfloat16": Case("blend_kernel", lambda: blend(BF16), {16: 4}, {16: 2}),
+    "adamw float32": Case("adam_kernel", lambda: adam(F32, F32), {16: 20}, {16: 12}),
+    "adamw float32 bfloat16": Case("adam_kernel", lambda: adam(F32, BF16), {16: 12, 8: 4}, {16: 12}),
+    "adamw bfloat16": Case("adam_kernel", lambda: adam(BF16, BF16), {16: 10}, {16: 6}),
+    "adam amsgrad float32": Case("adam_kernel", lambda: adam(F32, F32, True, False), {16: 24}, {16: 16}),
+    "adamw float64": Case("adam_kernel", lambda: adam(F64, F64), {16: 40}, {16: 24}),
+    "sgd float32": Case("sgd_kernel", lambda: sgd(F32, F32), {16: 16}, {16: 8}),
+    "sgd float32 bfloat16": Case("sgd_kernel", lambda: sgd(F32, BF16), {16: 8, 8: 4}, {16: 8}),
+    # Addresses that are not multiples of 16 must not be accessed as if they were.
+    "dots misaligned bfloat16": Case("dots_kernel", lambda: dots(BF16, offset=1), {2: 4}, {}),
+    "adamw misaligned float32": Case("adam_kernel", lambda: adam(F32, F32, offset=1), {4: 20}, {4: 12}),
+}
+# They have no main loop over gradients.
+SMALL = {
+    "sum_rows": Case("sum_rows_kernel", lambda: dots(F32), {}, {}),
+    "adam_step_sizes": Case("adam_step_sizes_kernel", lambda: adam(F32, F32), {}, {}),
+}
+
+
+class Code:
+    """The machine code of a kernel, and what ``cuobjdump`` says about its resources."""
+
+    def __init__(self, case, arch, folder):
+        self.block_size, cubin = compile_launch(case, arch)
+        path = folder / "kernel.cubin"
+        path.write_bytes(cubin)
+        self.usage = run_tool("cuobjdump", "-res-usage", path)
+        self.lines = run_tool("nvdisasm", "-c", path).splitlines()
+
+    @property
+    def opcodes(self):
+        return Counter(opcode for line in self.lines if (opcode := opcode_of(line)))
+
+    @property
+    def main_loop(self):
+        """Opcodes of the loop that loads most: from the target of a backward branch to the branch."""
+        labels = {match[1]: i for i, line in enumerate(self.lines) if (match := re.match(r"(\.L_\w+):", line))}
+        branches = [
+            (i, match[1]) for i, line in enumerate(self.lines) if (match := re.search(r"BRA.*\((\.L_\w+)\)", line))
+        ]
+        loops = [self.lines[labels[label] : i] for i, label in branches if labels[label] < i]
+        counts = [Counter(opcode for line in loop if (opcode := opcode_of(line))) for loop in loops]
+        return max(counts, key=lambda count: sum(bytes_by_width(count, "LDG").values()))
+
+
+def compile_launch(case, arch):
+    """The block size and the cubin of the launch of ``case.kernel``."""
+    launches = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            backend, "_run", lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
+        )
+        case.operation()
+    kernel, args, constants = next(launch for launch in launches if launch[0].__name__ == case.kernel)
+    tensors = dict(zip(kernel.arg_names, args, strict=False))
+    signature = {name: triton.runtime.jit.mangle_type(t) for name, t in tensors.items()}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(tensors.values()) if t.data_ptr() % 16 == 0}
+    source = triton.compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attrs)
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=backend._kernels().OPTIONS)
+    return constants.get("BLOCK_SIZE"), compiled.asm["cubin"]
+
+
+def run_tool(name, *arguments):
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def opcode_of(line):
+    match = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", line)
+    return match and match[1]
+
+
+def bytes_by_width(opcodes, name):
+    """Bytes that a thread moves, by the width of the instruction."""
+    result = Counter()
+    for opcode, count in opcodes.items():
+        parts = opcode.split(".")
+        if parts[0] == name:
+            width = next(
+                (int(part.lstrip("US")) // 8 for part in parts if re.fullmatch(r"[US]?(8|16|64|128)", part)), 4
+            )
+            result[width] += width * count
+    return result
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """``code(name, arch)``, compiled once, not into the user's cache."""
+    folder, cache = tmp_path_factory.mktemp("triton"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+
+        def get(name, arch):
+            if (name, arch) not in cache:
+                cache[name, arch] = Code({**CASES, **SMALL}[name], arch, folder)
+            return cache[name, arch]
+
+        yield get
+
+
+both_architectures = pytest.mark.parametrize("arch", [80, 90])
+
+
+@both_architectures
+@pytest.mark.parametrize("name", [*CASES, *SMALL])
+def test_nothing_spills_and_nothing_depends_on_the_order_of_threads(code, name, arch):
+    kernel = code(name, arch)
+    assert re.search(r"STACK:0 .*LOCAL:0 ", kernel.usage), kernel.usage
+    forbidden = ("LDL", "STL", "RED", "ATOM", "ATOMG", "ATOMS")
+    assert not [opcode for opcode in kernel.opcodes if opcode.split(".")[0] in forbidden]
+
+
+@both_architectures
+@pytest.mark.parametrize("name", CASES)
+def test_the_main_loop_moves_the_bytes_of_the_operation_in_wide_accesses(code, name, arch):
+    kernel, case = code(name, arch), CASES[name]
+    loads, stores = (bytes_by_width(kernel.main_loop, opcode) for opcode in ("LDG", "STG"))
+    elements = kernel.block_size // THREADS
+    # The compiler may unroll: all counts are the same multiple.
+    rounds = sum(loads.values()) // (elements * sum(case.loads.values()))
+    assert rounds >= 1
+    assert loads == {width: size * elements * rounds for width, size in case.loads.items()}
+    assert stores == {width: size * elements * rounds for width, size in case.stores.items()}
+    # Elements stay with their threads.
+    assert not [
+        opcode for opcode in kernel.main_loop if opcode.split(".")[0] in ("LDS", "STS", "SHFL", "BAR", "LDGSTS")
+    ]
+
+
+@both_architectures
+@pytest.mark.parametrize(
+    "name", ["dots float32", "dots bfloat16", "blend float32", "sgd float32", "sgd float32 bfloat16"]
+)
+def test_products_and_sums_are_rounded_apart(code, name, arch):
+    """As in the other backends. (Division and square root, in Adam, are made of fused operations.)"""
+    opcodes = Counter()
+    for opcode, count in code(name, arch).opcodes.items():
+        opcodes[opcode.split(".")[0]] += count
+    assert opcodes["FFMA"] == 0
+    assert opcodes["FMUL"] >= 16
+    assert opcodes["FADD"] >= 8
+
+
+@both_architectures
+@pytest.mark.parametrize("name", ["blend bfloat16", "adamw bfloat16"])
+def test_results_are_rounded_to_nearest(code, name, arch):
+    """Which Triton's interpreter does not do for bfloat16, so that no other test sees it."""
+    conversions = [opcode for opcode in code(name, arch).opcodes if opcode.startswith("F2F")]
+    assert conversions
+    assert not [opcode for opcode in conversions if re.search(r"\.R[ZMP]", opcode)]
+
+
+class NoGpu:
+    """What Triton asks its driver for before it compiles. No GPU has this number: kernels are cached by device."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 99
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def test_triton_takes_the_arguments_of_every_launch(code, monkeypatch):
+    """By its own way of reading them, up to the launch itself."""
+    compiled = []
+
+    def warmup(kernel, grid, *args, **constants):
+        compiled.append(kernel.warmup(*args, grid=grid, **constants, **backend._kernels().OPTIONS))
+
+    monkeypatch.setattr(backend, "_run", warmup)
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
+    dots(F32)
+    blend(BF16)
+    adam(F32, F16)
+    sgd(F16, F16)
+    metadata = [kernel.metadata for kernel in compiled]
+    assert [m.name for m in metadata] == [
+        *("dots_kernel", "sum_rows_kernel", "blend_kernel", "adam_step_sizes_kernel", "adam_kernel", "sgd_kernel")
+    ]
+    assert {(m.num_warps, m.enable_fp_fusion) for m in metadata} == {(THREADS // 32, False)}
