@@ -84,13 +84,14 @@ class BLUR(Optimizer):
         _check_choice("stash", stash, STASHES)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"`max_grad_norm` must be positive or None, got {max_grad_norm!r}.")
-        select_backend(backend, torch.device("cpu"))
         _make_rule(rule, normalize)
         self.rule, self.normalize, self.scope = rule, normalize, scope
         self.max_grad_norm, self.stash, self.backend = max_grad_norm, stash, backend
         self.base = make_base(params, base, base_kwargs)
         self._own_defaults = {"gamma": gamma, "retain_weight": retain_weight}
         check_base(self.base, self._own_defaults)
+        for device in {p.device for p in self._params()}:
+            select_backend(backend, device)
         self._install_defaults()
         self._skipped = torch.zeros((), dtype=torch.int64)
         self._begin()

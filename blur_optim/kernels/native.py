@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from blur_optim.kernels import foreach
 
@@ -70,9 +71,9 @@ def multi_tensor_blend_(
         else:
             foreach.multi_tensor_blend_([r], [f], coefficients, [rows[i]])
     if dense:
-        _op("multi_tensor_blend_")(
-            [retain[i] for i in dense], [forget[i] for i in dense], coefficients.contiguous(), [rows[i] for i in dense]
-        )
+        mine = [retain[i] for i in dense], [forget[i] for i in dense]
+        _op("multi_tensor_blend_")(*mine, coefficients.contiguous(), [rows[i] for i in dense])
+        increment_version([r if r.numel() else f for r, f in zip(*mine, strict=True)])
 
 
 def fused_adamw_(
@@ -96,6 +97,7 @@ def fused_adamw_(
         lr,
         **options,
     )
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
 
 
 def fused_sgd_(
@@ -115,6 +117,7 @@ def fused_sgd_(
         lr,
         **options,
     )
+    increment_version([*params, *momentum_buffers])
 
 
 def _op(name: str) -> Callable[..., Any]:

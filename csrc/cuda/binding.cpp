@@ -42,9 +42,9 @@ void check_launch(int error, const char* name) {
 
 // A host pointer, or one of another device, would fault in the kernel and take the whole process's CUDA context with it.
 void check_device(const Tensors& tensors, const Tensor& like, const char* name) {
+  const torch::stable::Device device = like.device();
   for (size_t i = 0; i < tensors.size(); ++i)
-    STD_TORCH_CHECK(tensors[i].device() == like.device(), "`", name, "[", i,
-                    "]` must be on the device of the other tensors.");
+    STD_TORCH_CHECK(tensors[i].device() == device, "`", name, "[", i, "]` must be on the device of the other tensors.");
 }
 
 void check_scalars(const Tensor& t, const Tensor& like, ScalarType dtype, int64_t numel, const char* name) {

@@ -166,6 +166,20 @@ def test_wrong_arguments_are_named(name, position, change, message):
         getattr(torch.ops.blur_optim, name)(*args)
 
 
+def test_autograd_notices_what_is_modified():
+    p, m, v, f, r = ([torch.ones(3)] for _ in range(5))
+    coefficients, lr = torch.tensor([[0.5, 2.0]]).double(), torch.tensor(0.1).double()
+    options = {"weight_decay": 0.0, "maximize": False, "found_inf": None}
+    adam = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "amsgrad": False, "decoupled": True}
+    sgd = {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "first_step": False}
+    native.fused_adamw_(p, m, v, [], f, r, [0], coefficients, torch.ones(1), lr, **adam, **options)
+    assert [t[0]._version for t in (p, m, v, f, r)] == [1, 1, 1, 0, 0]
+    native.fused_sgd_(p, m, f, r, [0], coefficients, lr, **sgd, **options)
+    assert [t[0]._version for t in (p, m, f, r)] == [2, 2, 0, 0]
+    native.multi_tensor_blend_(r, f, coefficients, [0])
+    assert [t[0]._version for t in (f, r)] == [0, 1]
+
+
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
