@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format typecheck check bench clean
+.PHONY: quickstart test lint format typecheck check bench wheel clean
 
 quickstart: $(VENV)/.examples  ## Unlearn two authors and keep the rest: a table and a figure in quickstart-out/.
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -27,6 +27,9 @@ check: lint typecheck test  ## Everything that has to pass before a commit.
 
 bench: $(VENV)/.examples  ## The cost of a step against the weighted sum and the original code's way.
 	$(BIN)/python benchmarks/step_bench.py $(ARGS)
+
+wheel: $(VENV)/.dev  ## One abi3 wheel in dist/, with the CUDA kernels too under BLUR_OPTIM_CUDA=1 (needs nvcc).
+	BLUR_OPTIM_BUILD=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quickstart-out

@@ -123,7 +123,15 @@ def extension() -> Extension:
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         # No contraction into fused multiply-adds: AVX2 and AVX-512 have to give the same bits. Without -fno-math-errno
         # sqrt is a call, and the loop around it scalar.
-        extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-w"],
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-ffp-contract=off",
+            "-w",
+            "-g0",
+        ],
         library_dirs=[str(TORCH / "lib")],
         # In this order, and libtorch without being needed: through it the symbols of libtorch_cuda are found.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cpu", "-ltorch"],

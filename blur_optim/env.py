@@ -23,6 +23,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "cuda", _cuda()
     yield "compilers", ", ".join(name for name in ("c++", "g++", "nvcc") if shutil.which(name)) or "none found"
     yield "extension", f"{native.LIBRARY.name}: {native.why_not(torch.device('cpu')) or 'loaded'}"
+    yield "extension holds", _kernels()
     for device in _devices():
         for name in BACKENDS:
             yield f"backend {name} on {device.type}", _availability(name, device)
@@ -59,6 +60,13 @@ def _cuda() -> str:
         return f"CUDA {torch.version.cuda}, no device"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"CUDA {torch.version.cuda}, {', '.join(names)}"
+
+
+def _kernels() -> str:
+    if native.why_not(torch.device("cpu")):
+        return "nothing"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return ", ".join(key for key in ("CPU", "CUDA") if has("blur_optim::multi_tensor_dots", key)) + " kernels"
 
 
 def _devices() -> list[torch.device]:

@@ -59,7 +59,9 @@ def _adam_step(
     lists: list[list[Tensor]] = [[] for _ in range(5)]
     cast(Any, base)._init_group(group, params, *lists)
     _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = lists
-    torch._foreach_add_(state_steps, [(1 - projection.found_inf).to(state_steps[0].device)] * len(state_steps))
+    # Steps on the device advance there, unless the step is skipped; fused_step has answered that for those on the host.
+    advance = 1 - projection.found_inf if supports_amp_scaling(base) else torch.ones(())
+    torch._foreach_add_(state_steps, [advance] * len(state_steps))
     beta1, beta2 = group["betas"]
     kernels.fused_adamw_(
         params,
@@ -67,7 +69,7 @@ def _adam_step(
         exp_avg_sqs,
         max_exp_avg_sqs,
         *_gradient_arguments(pairs, projection),
-        torch.stack(state_steps).to(params[0].device, torch.float32),
+        torch.stack(state_steps).to(params[0].device, torch.float32, non_blocking=True),
         _lr(group, params[0].device),
         beta1=beta1,
         beta2=beta2,

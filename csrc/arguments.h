@@ -60,6 +60,18 @@ inline const double* coefficients_pointer(const Tensor& t) {
   return static_cast<const double*>(t.mutable_data_ptr());
 }
 
+inline void check_scalars(const Tensor& t, const Tensor& like, ScalarType dtype, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous() && t.device() == like.device(), "`",
+                  name, "` must have ", numel, dtype == ScalarType::Double ? " float64" : " float32",
+                  " elements on the device of the other tensors.");
+}
+
+inline const float* found_inf_pointer(const std::optional<Tensor>& found_inf, const Tensor& like) {
+  if (!found_inf) return nullptr;
+  check_scalars(*found_inf, like, ScalarType::Float, 1, "found_inf");
+  return static_cast<const float*>(found_inf->mutable_data_ptr());
+}
+
 inline void check_like(const Tensors& tensors, const std::vector<Pair>& pairs, const char* name) {
   STD_TORCH_CHECK(tensors.size() == pairs.size(), "`", name, "` must have ", pairs.size(), " tensors like `retain`, got ",
                   tensors.size(), ".");
@@ -77,7 +89,7 @@ inline Dtype param_dtype(const Tensor& param, Dtype grad, size_t i) {
 }
 
 inline void check_state(const Tensors& state, const Tensors& params, const char* name) {
-  for (size_t i = 0; i < state.size(); ++i)
+  for (size_t i = 0; i < state.size() && i < params.size(); ++i)
     STD_TORCH_CHECK(state[i].scalar_type() == params[i].scalar_type(), "`", name, "[", i,
                     "]` must have the dtype of `params[", i, "]`.");
 }

@@ -1,4 +1,4 @@
-// What the kernels of all devices share: dtypes, the chunk, hyperparameters, and the arithmetic of one element.
+// What the kernels of all devices share: dtypes, the chunk, hyperparameters.
 // No torch header here: kernels see raw pointers, registration.cpp sees tensors.
 #pragma once
 
@@ -8,7 +8,7 @@ namespace blur_optim {
 
 enum class Dtype : int32_t { Float32, BFloat16, Float16, Float64 };
 
-// Elements summed in the compute dtype before float64 takes over. Part of the definition of the result: the order of
+// Elements whose sum is taken in the compute dtype before float64 takes over, on the CPU; a GPU has its own. Part of the definition of the result: the order of
 // every addition follows from it, never from the number of threads or the instruction set.
 constexpr int64_t kChunkSize = 32768;
 

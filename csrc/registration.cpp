@@ -38,11 +38,16 @@ struct Coefficients {
   double b(int64_t row) const { return data[2 * row + 1]; }
 };
 
-bool is_set(const std::optional<Tensor>& flag) {
-  return flag.has_value() && *static_cast<const float*>(flag->mutable_data_ptr()) != 0;
+// Whether the step is to be skipped. All scalars are checked before anything is read or written.
+bool is_set(const std::optional<Tensor>& found_inf, const Tensor& like) {
+  const float* flag = found_inf_pointer(found_inf, like);
+  return flag && *flag != 0;
 }
 
-double scalar(const Tensor& t) { return *static_cast<const double*>(t.mutable_data_ptr()); }
+double learning_rate(const Tensor& lr, const Tensor& like) {
+  check_scalars(lr, like, ScalarType::Double, 1, "lr");
+  return *static_cast<const double*>(lr.mutable_data_ptr());
+}
 
 }  // namespace
 
@@ -88,8 +93,9 @@ void fused_adamw_cpu(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tens
   check_state(exp_avgs, params, "exp_avgs");
   check_state(exp_avg_sqs, params, "exp_avg_sqs");
   check_state(max_exp_avg_sqs, params, "max_exp_avg_sqs");
-  if (is_set(found_inf)) return;
-  const AdamOptions options{scalar(lr), beta1, beta2, weight_decay, eps, amsgrad, maximize, decoupled};
+  check_scalars(steps, coefficients, ScalarType::Float, int64_t(pairs.size()), "steps");
+  const AdamOptions options{learning_rate(lr, coefficients), beta1, beta2, weight_decay, eps, amsgrad, maximize, decoupled};
+  if (is_set(found_inf, coefficients)) return;
   const float* step = static_cast<const float*>(steps.mutable_data_ptr());
   const auto p = pointers(params), m = pointers(exp_avgs), v = pointers(exp_avg_sqs), vmax = pointers(max_exp_avg_sqs);
   const cpu::Kernels& k = cpu::kernels();
@@ -112,8 +118,9 @@ void fused_sgd_cpu(Tensors params, Tensors momentum_buffers, Tensors forget, Ten
   std::vector<Dtype> dtypes;
   for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i));
   check_state(momentum_buffers, params, "momentum_buffers");
-  if (is_set(found_inf)) return;
-  const SgdOptions options{scalar(lr), momentum, dampening, weight_decay, nesterov, maximize, first_step};
+  const SgdOptions options{learning_rate(lr, coefficients), momentum, dampening, weight_decay, nesterov, maximize,
+                           first_step};
+  if (is_set(found_inf, coefficients)) return;
   const auto p = pointers(params), buffers = pointers(momentum_buffers);
   const cpu::Kernels& k = cpu::kernels();
   for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk& chunk, const Pair& pair) {

@@ -47,18 +47,6 @@ void check_device(const Tensors& tensors, const Tensor& like, const char* name) 
     STD_TORCH_CHECK(tensors[i].device() == device, "`", name, "[", i, "]` must be on the device of the other tensors.");
 }
 
-void check_scalars(const Tensor& t, const Tensor& like, ScalarType dtype, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous() && t.device() == like.device(), "`",
-                  name, "` must have ", numel, dtype == ScalarType::Double ? " float64" : " float32",
-                  " elements on the device of the other tensors.");
-}
-
-const float* found_inf_pointer(const std::optional<Tensor>& found_inf, const Tensor& like) {
-  if (!found_inf) return nullptr;
-  check_scalars(*found_inf, like, ScalarType::Float, 1, "found_inf");
-  return static_cast<const float*>(found_inf->mutable_data_ptr());
-}
-
 // The state tensor i, or null where the optimizer keeps none.
 void* state_at(const std::vector<void*>& state, size_t i) { return i < state.size() ? state[i] : nullptr; }
 

@@ -184,7 +184,7 @@ def test_nearly_orthogonal_heavy_tailed_gradients(backend):
     dots = BACKENDS[backend].multi_tensor_dots([forget], [retain], [0], 1)
     expected = reference.multi_tensor_dots([forget], [retain], [0], 1)
     scale = (expected[0, 1] * expected[0, 2]).sqrt()
-    assert (dots[0, 0] - expected[0, 0]).abs() < 1e-10 * scale
+    assert (dots[0, 0] - expected[0, 0]).abs() < 5e-10 * scale
     assert ((dots - expected)[0, 1:].abs() < 1e-7 * expected[0, 1:]).all()
 
 
