@@ -10,15 +10,17 @@ A second, shorter act shows forgetting where the two gradients are opposed.
 What matters is `make_optimizers`, `forget_and_retain` and `unlearn`; the rest is in quickstart_lib.
 """
 
-if __name__ == "__main__":  # Before the slow imports, so that Ctrl-C never ends in a traceback.
+if __name__ == "__main__":  # Before the slow imports: Ctrl-C, --help and wrong options are met at once.
     from quickstart_lib.errors import leave_quietly_while_importing
+    from quickstart_lib.options import parse_options
 
     leave_quietly_while_importing()
+    parse_options()
 
 import argparse
 import copy
+import math
 import sys
-import time
 
 import torch
 from quickstart_lib import figure, table
@@ -27,11 +29,11 @@ from quickstart_lib.data import load_rows
 from quickstart_lib.digits import RUNS, Outcome, forget_digits, match_at_retain_loss
 from quickstart_lib.encoding import Batch, Example, batches_in_order, encode_rows, endless_batches
 from quickstart_lib.errors import run
+from quickstart_lib.judging import ask, judge
 from quickstart_lib.learning import Pupil, learn_models
-from quickstart_lib.metrics import Scores, generate_answers, mean_probability, score, thin_out
+from quickstart_lib.metrics import mean_probability, thin_out
 from quickstart_lib.models import (
     Model,
-    Tokenizer,
     check_device,
     check_model,
     load_model,
@@ -41,7 +43,7 @@ from quickstart_lib.models import (
 )
 from quickstart_lib.options import as_settings, parse_options
 from quickstart_lib.results import Results, Trace, write_json
-from quickstart_lib.rows import Row, Split, split_authors
+from quickstart_lib.rows import split_authors
 from quickstart_lib.training import Recipe, was_learned
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -61,15 +63,14 @@ Models = dict[str, Model]
 
 def make_optimizers(models: Models, lr: float, gamma: float) -> Optimizers:
     """Return one optimizer a method. BLUR takes the place of AdamW; its rule says how the two gradients meet."""
+    params = {name: model.parameters() for name, model in models.items()}
     adamw = {"base": torch.optim.AdamW, "lr": lr, "weight_decay": 0.01}
     return {
         # forget + 3 * retain. AdamW does not feel a common scale, so only the ratio counts.
-        WEIGHTED_SUM: BLUR(
-            models[WEIGHTED_SUM].parameters(), rule="weighted_sum", gamma=1.0, retain_weight=3.0, **adamw
-        ),
-        PROJECTED: BLUR(models[PROJECTED].parameters(), gamma=gamma, **adamw),
-        NORMALIZED: BLUR(models[NORMALIZED].parameters(), rule="normalized", gamma=gamma, **adamw),
-        ASCENT: torch.optim.AdamW(models[ASCENT].parameters(), lr=lr, weight_decay=0.01),
+        WEIGHTED_SUM: BLUR(params[WEIGHTED_SUM], rule="weighted_sum", gamma=1.0, retain_weight=3.0, **adamw),
+        PROJECTED: BLUR(params[PROJECTED], rule="blur", gamma=gamma, **adamw),
+        NORMALIZED: BLUR(params[NORMALIZED], rule="normalized", gamma=gamma, **adamw),
+        ASCENT: torch.optim.AdamW(params[ASCENT], lr=lr, weight_decay=0.01),
     }
 
 
@@ -109,7 +110,7 @@ def unlearn(
     """Let every method forget, step by step side by side: the same batches, and a fair comparison of times."""
     models = {name: copy.deepcopy(before) for name in (ASCENT, WEIGHTED_SUM, PROJECTED, NORMALIZED)}
     optimizers = make_optimizers(models, options.lr, options.gamma)
-    epoch = -(-len(forget) // BATCH_SIZE)
+    epoch = math.ceil(len(forget) / BATCH_SIZE)
     warm_ups = [LambdaLR(opt, lambda step: min(1.0, (step + 1) / epoch)) for opt in optimizers.values()]
     reference = stored_reference_log_probs(before, batches_in_order(forget, 32, before.device)).to(before.device)
     forget_batches = endless_batches(forget, BATCH_SIZE, options.seed, before.device)
@@ -120,13 +121,12 @@ def unlearn(
         look(models, forget, retain, traces, step)
         forget_batch, retain_batch = next(forget_batches), next(retain_batches)
         for name, optimizer in optimizers.items():
-            started = time.perf_counter()
-            if name == ASCENT:
-                ascend(models[name], optimizer, forget_batch)
-            else:
-                forget_and_retain(models[name], optimizer, forget_batch, retain_batch, reference)
-            traces[name].seconds.append(time.perf_counter() - started)
-            if name != ASCENT:
+            with traces[name].timing():
+                if isinstance(optimizer, BLUR):
+                    forget_and_retain(models[name], optimizer, forget_batch, retain_batch, reference)
+                else:
+                    ascend(models[name], optimizer, forget_batch)
+            if isinstance(optimizer, BLUR):
                 traces[name].steps.append(optimizer.statistics.to_dict())
         for warm_up in warm_ups:
             warm_up.step()
@@ -152,23 +152,6 @@ def look(
         model.train()
 
 
-def judge(models: Models, tokenizer: Tokenizer, split: Split, progress: Progress) -> dict[str, dict[str, Scores]]:
-    """Score every model on every kind of rows."""
-    bar = progress.add_task("scoring", total=len(models) * len(split), note="")
-    scores: dict[str, dict[str, Scores]] = {name: {} for name in models}
-    for name, model in models.items():
-        for kind, rows in split._asdict().items():
-            scores[name][kind] = score(model, tokenizer, rows, with_truth_ratio=kind == "forget")
-            progress.advance(bar)
-    return scores
-
-
-def ask(models: Models, tokenizer: Tokenizer, row: Row) -> dict[str, str]:
-    """Ask every model one question."""
-    said = {name: generate_answers(model, tokenizer, [row])[0] for name, model in models.items()}
-    return {"question": row.question, "true answer": row.answer, **said}
-
-
 def play_with_digits(options: argparse.Namespace, progress: Progress) -> list[Outcome]:
     """Run the second act."""
     bar = progress.add_task("second act: digits", total=RUNS, note="")
@@ -185,9 +168,15 @@ def main() -> None:
         check_model(options.model, rows)
     split = split_authors(rows, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    threads = max(1, torch.get_num_threads() // 2) if options.model else 1
-    torch.set_num_threads(threads)
-    recipe = Recipe(options.learning_lr, options.epochs, seed=options.seed, device=options.device, threads=threads)
+    if not options.model:
+        torch.set_num_threads(1)  # The small model is no faster with more, and its numbers stay the same everywhere.
+    recipe = Recipe(
+        options.learning_lr,
+        options.epochs,
+        seed=options.seed,
+        device=options.device,
+        threads=max(1, torch.get_num_threads() // 2),  # Two models learn side by side.
+    )
     pupils = {
         "all-authors": Pupil("learning all authors", split.known),
         "without-forgotten": Pupil("learning without the two", split.kept),

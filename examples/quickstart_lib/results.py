@@ -6,12 +6,15 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .digits import Match, Outcome
 from .metrics import Scores
@@ -32,6 +35,13 @@ class Trace:
     path: list[tuple[int, float, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Time one step."""
+        started = _now()
+        yield
+        self.seconds.append(_now() - started)
+
     @property
     def mean_cosine(self) -> float | None:
         """Return the mean over the steps of cos(g_f, g_r)."""
@@ -40,6 +50,12 @@ class Trace:
     def time_relative_to(self, other: "Trace") -> float:
         """Return the ratio of the median times per step."""
         return statistics.median(self.seconds) / statistics.median(other.seconds)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass

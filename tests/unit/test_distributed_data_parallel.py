@@ -178,6 +178,7 @@ def train_one_of_two(rank, folder):
             )
         result[as_view] = [p.detach() for p in problem.params]
     torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()  # Neither leaves while the other may still talk to it.
     dist.destroy_process_group()
 
 
