@@ -218,15 +218,26 @@ def test_add_param_group(weights):
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(set_to_none):
-    problem, opt = make()
-    twin, twin_opt = make()
+    (problem, opt), (twin, twin_opt) = make(backend="foreach"), make(backend="foreach")
     for _ in range(3):
         run_phases(opt, problem)
         opt.step()
         opt.zero_grad(set_to_none=set_to_none)
         assert all((p.grad is None) if set_to_none else (p.grad == 0).all() for p in problem.params)
         step_by_phases(twin_opt, twin)
-        assert_same_bits(snapshot(opt), snapshot(twin_opt))
+    opt.step(problem.forget_loss, problem.retain_loss)  # Zeros are no gradients, so backward is called for it.
+    step_by_closures(twin_opt, twin)
+    assert_same_bits(snapshot(opt), snapshot(twin_opt))
+
+
+def test_zeros_that_something_was_added_to_are_gradients():
+    problem, opt = make()
+    step_on(opt, problem.params, problem.update())
+    problem.forget_loss().backward()
+    opt.zero_grad(set_to_none=False)
+    problem.forget_loss().backward()
+    with pytest.raises(RuntimeError, match=r"p\.grad already holds gradients"):
+        step_by_closures(opt, problem)
 
 
 def test_named_parameters():
