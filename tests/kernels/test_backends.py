@@ -28,6 +28,7 @@ SHAPES = [
     pytest.param([(foreach.CHUNK_SIZE - 1,), (foreach.CHUNK_SIZE + 1,)], id="around-a-chunk"),
     pytest.param([(foreach.CPU_SLAB_SIZE + foreach.CHUNK_SIZE + 3,), (64, 33)], id="more-than-a-slab"),
     pytest.param([(9,)] * 300, id="300-tensors"),
+    pytest.param([(3,)] * 10_000, id="10000-tensors"),
 ]
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
