@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from blur_optim.base import supports_amp_scaling
 from blur_optim.gradients import Pair, PairedGradients
 from blur_optim.kernels import FusedBackend, select_backend
-from blur_optim.kernels.native import is_dense
+from blur_optim.kernels.layout import is_dense
 from blur_optim.projection import Projection
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "pairs.h"
+#include "multi_tensor.h"
 
 namespace blur_optim {
 
@@ -29,10 +29,27 @@ inline Dtype dtype_of(const Tensor& t, const char* name, size_t i) {
   }
 }
 
-inline size_t element_size(Dtype dtype) { return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : 2; }
+inline int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::Float64 ? 8 : dtype == Dtype::Float32 ? 4 : dtype == Dtype::Int8 ? 1 : 2;
+}
 
-inline std::vector<Pair> make_pairs(const Tensors& forget, const Tensors& retain, const std::vector<int64_t>& rows,
-                                    int64_t num_rows) {
+// The dtype in which a forget gradient is stashed beside a retain gradient of the given one.
+inline Dtype stashed_dtype(const Tensor& forget, Dtype retain, const Tensors& scales, size_t i) {
+  const bool quantized = forget.scalar_type() == ScalarType::Char;
+  const Dtype dtype = quantized ? Dtype::Int8 : dtype_of(forget, "forget", i);
+  STD_TORCH_CHECK(dtype == retain || quantized || (dtype == Dtype::BFloat16 && element_size(retain) > 2), "`forget[", i,
+                  "]` must have the dtype of `retain[", i, "]`, or be compressed: int8, or bfloat16 beside a wider one.");
+  const int64_t expected = quantized ? (forget.numel() + kBlockSize - 1) / kBlockSize : 0;
+  STD_TORCH_CHECK(expected == 0 || (i < scales.size() && scales[i].scalar_type() == ScalarType::Float &&
+                                 scales[i].numel() == expected && scales[i].is_contiguous()),
+                  "`scales[", i, "]` must be a contiguous float32 tensor of ", expected, " elements, one for each block of ",
+                  kBlockSize, " of `forget[", i, "]`.");
+  return dtype;
+}
+
+// scales[i] belongs to forget[i] where that is int8; the list may be empty where none is.
+inline std::vector<Pair> make_pairs(const Tensors& forget, const Tensors& retain, const Tensors& scales,
+                                    const std::vector<int64_t>& rows, int64_t num_rows) {
   STD_TORCH_CHECK(forget.size() == retain.size() && forget.size() == rows.size(),
                   "`forget`, `retain` and `rows` must have one length, got ", forget.size(), ", ", retain.size(), " and ",
                   rows.size(), ".");
@@ -43,13 +60,15 @@ inline std::vector<Pair> make_pairs(const Tensors& forget, const Tensors& retain
     const int64_t nf = f.numel(), nr = r.numel();
     STD_TORCH_CHECK(nf == nr || nf == 0 || nr == 0, "`forget[", i, "]` must have as many elements as `retain[", i,
                     "]`, or none, got ", nf, " and ", nr, ".");
-    const Dtype dtype = dtype_of(f, "forget", i);
-    STD_TORCH_CHECK(dtype == dtype_of(r, "retain", i), "`forget[", i, "]` must have the dtype of `retain[", i, "]`.");
     STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < num_rows, "`rows[", i, "]` must be in [0, ", num_rows, "), got ", rows[i],
                     ".");
     // Absent is null, also where both are empty.
-    pairs.push_back({nf ? f.mutable_data_ptr() : nullptr, nr ? r.mutable_data_ptr() : nullptr, nf > nr ? nf : nr, dtype,
-                     rows[i]});
+    void *const pf = nf ? f.mutable_data_ptr() : nullptr, *const pr = nr ? r.mutable_data_ptr() : nullptr;
+    const Dtype retain_dtype = dtype_of(r, "retain", i), forget_dtype = stashed_dtype(f, retain_dtype, scales, i);
+    STD_TORCH_CHECK(pr || !pf || forget_dtype == retain_dtype, "`forget[", i,
+                    "]` must not be compressed where `retain[", i, "]` is absent: it holds the update then.");
+    const float* scale = pf && forget_dtype == Dtype::Int8 ? static_cast<const float*>(scales[i].mutable_data_ptr()) : nullptr;
+    pairs.push_back({pf, pr, nf > nr ? nf : nr, retain_dtype, rows[i], forget_dtype, scale});
   }
   return pairs;
 }

@@ -6,13 +6,27 @@
 
 namespace blur_optim {
 
-enum class Dtype : int32_t { Float32, BFloat16, Float16, Float64 };
+// Int8 is for stashed forget gradients alone: integers beside one float32 scale for every kBlockSize of them.
+enum class Dtype : int32_t { Float32, BFloat16, Float16, Float64, Int8 };
+
+constexpr int kBlockSize = 256;  // blur_optim/kernels/blocks.py has it too. Divides the chunks of every device.
 
 // Elements whose sum is taken in the compute dtype before float64 takes over, on the CPU; a GPU has its own. Part of the definition of the result: the order of
 // every addition follows from it, never from the number of threads or the instruction set.
 constexpr int64_t kChunkSize = 32768;
 
-// A piece of one tensor pair. An absent gradient is a null pointer and counts as zeros.
+// The gradients of a parameter, or of a chunk of it. An absent one is a null pointer and counts as zeros.
+struct Pair {
+  void* forget;
+  void* retain;
+  int64_t numel;
+  Dtype dtype;  // Of the retain gradient; of the forget gradient where there is no other.
+  int64_t row;
+  Dtype forget_dtype;  // As dtype, or compressed: BFloat16 beside Float32 and Float64, Int8 beside any.
+  const float* scales;  // One for each block of an Int8 forget gradient, else null.
+};
+
+// A piece of one tensor pair.
 struct Chunk {
   int64_t tensor;
   int64_t offset;

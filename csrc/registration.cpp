@@ -13,7 +13,16 @@ namespace blur_optim {
 namespace {
 
 void* at(void* base, Dtype dtype, int64_t offset) {
-  return base ? static_cast<char*>(base) + offset * int64_t(element_size(dtype)) : nullptr;
+  return base ? static_cast<char*>(base) + offset * element_size(dtype) : nullptr;
+}
+
+Pair at(Pair pair, const Chunk& chunk) {
+  static_assert(kChunkSize % kBlockSize == 0);
+  pair.forget = at(pair.forget, pair.forget_dtype, chunk.offset);
+  pair.retain = at(pair.retain, pair.dtype, chunk.offset);
+  if (pair.scales) pair.scales += chunk.offset / kBlockSize;
+  pair.numel = chunk.numel;
+  return pair;
 }
 
 std::vector<Chunk> make_chunks(const std::vector<Pair>& pairs) {
@@ -27,7 +36,7 @@ std::vector<Chunk> make_chunks(const std::vector<Pair>& pairs) {
 template <class Body>
 void for_each_chunk(const std::vector<Pair>& pairs, const std::vector<Chunk>& chunks, const Body& body) {
   torch::stable::parallel_for(0, int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) body(c, chunks[c], pairs[chunks[c].tensor]);
+    for (int64_t c = begin; c < end; ++c) body(c, chunks[c], at(pairs[chunks[c].tensor], chunks[c]));
   });
 }
 
@@ -51,16 +60,13 @@ double learning_rate(const Tensor& lr, const Tensor& like) {
 
 }  // namespace
 
-Tensor multi_tensor_dots_cpu(Tensors forget, Tensors retain, std::vector<int64_t> rows, int64_t num_rows) {
+Tensor multi_tensor_dots_cpu(Tensors forget, Tensors retain, std::vector<int64_t> rows, int64_t num_rows, Tensors scales) {
   STD_TORCH_CHECK(!forget.empty(), "`forget` must not be empty.");
-  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, num_rows);
+  const std::vector<Pair> pairs = make_pairs(forget, retain, scales, rows, num_rows);
   const std::vector<Chunk> chunks = make_chunks(pairs);
   std::vector<std::array<double, 3>> partials(chunks.size());
   const cpu::Kernels& k = cpu::kernels();
-  for_each_chunk(pairs, chunks, [&](int64_t c, const Chunk& chunk, const Pair& pair) {
-    k.dots(pair.dtype, at(pair.forget, pair.dtype, chunk.offset), at(pair.retain, pair.dtype, chunk.offset), chunk.numel,
-           partials[c].data());
-  });
+  for_each_chunk(pairs, chunks, [&](int64_t c, const Chunk&, const Pair& pair) { k.dots(pair, partials[c].data()); });
   Tensor out = torch::stable::new_zeros(forget[0], {num_rows, 3}, ScalarType::Double);
   double* sums = static_cast<double*>(out.mutable_data_ptr());
   for (size_t c = 0; c < chunks.size(); ++c)  // In order, on one thread: the same bits on any number of threads.
@@ -68,22 +74,21 @@ Tensor multi_tensor_dots_cpu(Tensors forget, Tensors retain, std::vector<int64_t
   return out;
 }
 
-void multi_tensor_blend_cpu(Tensors retain, Tensors forget, Tensor coefficients, std::vector<int64_t> rows) {
+void multi_tensor_blend_cpu(Tensors retain, Tensors forget, Tensor coefficients, std::vector<int64_t> rows, Tensors scales) {
   const Coefficients weights(coefficients);
-  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  const std::vector<Pair> pairs = make_pairs(forget, retain, scales, rows, coefficients.size(0));
   const cpu::Kernels& k = cpu::kernels();
-  for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk& chunk, const Pair& pair) {
-    k.blend(pair.dtype, at(pair.forget, pair.dtype, chunk.offset), at(pair.retain, pair.dtype, chunk.offset), chunk.numel,
-            weights.a(pair.row), weights.b(pair.row));
+  for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk&, const Pair& pair) {
+    k.blend(pair, weights.a(pair.row), weights.b(pair.row));
   });
 }
 
 void fused_adamw_cpu(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors forget,
                      Tensors retain, std::vector<int64_t> rows, Tensor coefficients, Tensor steps, Tensor lr, double beta1,
                      double beta2, double weight_decay, double eps, bool amsgrad, bool maximize, bool decoupled,
-                     std::optional<Tensor> found_inf) {
+                     std::optional<Tensor> found_inf, Tensors scales) {
   const Coefficients weights(coefficients);
-  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  const std::vector<Pair> pairs = make_pairs(forget, retain, scales, rows, coefficients.size(0));
   check_like(params, pairs, "params");
   check_like(exp_avgs, pairs, "exp_avgs");
   check_like(exp_avg_sqs, pairs, "exp_avg_sqs");
@@ -102,17 +107,16 @@ void fused_adamw_cpu(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tens
   for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk& chunk, const Pair& pair) {
     const int64_t i = chunk.tensor, o = chunk.offset;
     const Dtype d = dtypes[i];
-    k.adam(d, pair.dtype, at(p[i], d, o), at(m[i], d, o), at(v[i], d, o), amsgrad ? at(vmax[i], d, o) : nullptr,
-           at(pair.forget, pair.dtype, o), at(pair.retain, pair.dtype, o), chunk.numel, weights.a(pair.row),
-           weights.b(pair.row), step[i], options);
+    k.adam(d, at(p[i], d, o), at(m[i], d, o), at(v[i], d, o), amsgrad ? at(vmax[i], d, o) : nullptr, pair,
+           weights.a(pair.row), weights.b(pair.row), step[i], options);
   });
 }
 
 void fused_sgd_cpu(Tensors params, Tensors momentum_buffers, Tensors forget, Tensors retain, std::vector<int64_t> rows,
                    Tensor coefficients, Tensor lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                   bool maximize, bool first_step, std::optional<Tensor> found_inf) {
+                   bool maximize, bool first_step, std::optional<Tensor> found_inf, Tensors scales) {
   const Coefficients weights(coefficients);
-  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  const std::vector<Pair> pairs = make_pairs(forget, retain, scales, rows, coefficients.size(0));
   check_like(params, pairs, "params");
   if (momentum != 0) check_like(momentum_buffers, pairs, "momentum_buffers");
   std::vector<Dtype> dtypes;
@@ -126,24 +130,26 @@ void fused_sgd_cpu(Tensors params, Tensors momentum_buffers, Tensors forget, Ten
   for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk& chunk, const Pair& pair) {
     const int64_t i = chunk.tensor, o = chunk.offset;
     const Dtype d = dtypes[i];
-    k.sgd(d, pair.dtype, at(p[i], d, o), momentum != 0 ? at(buffers[i], d, o) : nullptr, at(pair.forget, pair.dtype, o),
-          at(pair.retain, pair.dtype, o), chunk.numel, weights.a(pair.row), weights.b(pair.row), options);
+    k.sgd(d, at(p[i], d, o), momentum != 0 ? at(buffers[i], d, o) : nullptr, pair, weights.a(pair.row), weights.b(pair.row),
+          options);
   });
 }
 
 }  // namespace blur_optim
 
 STABLE_TORCH_LIBRARY(blur_optim, m) {
-  m.def("multi_tensor_dots(Tensor[] forget, Tensor[] retain, int[] rows, int num_rows) -> Tensor");
-  m.def("multi_tensor_blend_(Tensor(a!)[] retain, Tensor(b!)[] forget, Tensor coefficients, int[] rows) -> ()");
+  m.def("multi_tensor_dots(Tensor[] forget, Tensor[] retain, int[] rows, int num_rows, Tensor[] scales) -> Tensor");
+  m.def("multi_tensor_blend_(Tensor(a!)[] retain, Tensor(b!)[] forget, Tensor coefficients, int[] rows, "
+      "Tensor[] scales) -> ()");
   m.def(
       "fused_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
       "Tensor[] forget, Tensor[] retain, int[] rows, Tensor coefficients, Tensor steps, Tensor lr, float beta1, "
-      "float beta2, float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled, Tensor? found_inf) -> ()");
+      "float beta2, float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled, Tensor? found_inf, "
+      "Tensor[] scales) -> ()");
   m.def(
       "fused_sgd_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] forget, Tensor[] retain, int[] rows, "
       "Tensor coefficients, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
-      "bool first_step, Tensor? found_inf) -> ()");
+      "bool first_step, Tensor? found_inf, Tensor[] scales) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blur_optim, CPU, m) {

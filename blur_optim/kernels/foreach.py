@@ -10,60 +10,88 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize, dequantize_flat
+from blur_optim.kernels.layout import in_order_of, memory_order
 from blur_optim.kernels.plan import buckets
 
 # Short enough that torch never splits one chunk's sum over threads (its grain is 32768 elements).
 CHUNK_SIZE = 4096
 # Elements handled at a time. On the CPU the three float32 products of a slab stay in the L2 cache; elsewhere a slab
-# only bounds the workspace, and few launches matter more. A multiple of CHUNK_SIZE, or the chunks would depend on it.
+# only bounds the workspace, and few launches matter more. A multiple of CHUNK_SIZE, or the chunks would depend on it, and
+# so of BLOCK_SIZE.
 CPU_SLAB_SIZE = 1 << 16
 DEVICE_SLAB_SIZE = 1 << 24
 
 
-def multi_tensor_dots(forget: Sequence[Tensor], retain: Sequence[Tensor], rows: Sequence[int], num_rows: int) -> Tensor:
+def multi_tensor_dots(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    num_rows: int,
+    scales: Sequence[Tensor] = (),
+) -> Tensor:
     device = forget[0].device if forget else torch.device("cpu")
     partials: list[list[Tensor]] = [[] for _ in range(num_rows)]
-    for kind, f, r, row in _flat_pairs(forget, retain, rows, _slab_size(device)):
-        for f_slab, r_slab in _slabs(f, r):
-            partials[row].append(_slab_dots(kind, f_slab, r_slab))
+    for kind, indices in _kinds(forget, retain).items():
+        present = forget if kind == "forget" else retain
+        for bucket in buckets([present[i] for i in indices], [rows[i] for i in indices], _slab_size(device)):
+            mine = [indices[i] for i in bucket.indices]
+            for r, f in _flat_slabs(kind, forget, retain, scales, mine):
+                partials[bucket.row].append(_slab_dots(kind, r, f))
     zero = torch.zeros(3, 1, dtype=torch.float64, device=device)
     return torch.stack([_ordered_sum(torch.cat([zero, *parts], dim=1)) for parts in partials])
 
 
 def multi_tensor_blend_(
-    retain: Sequence[Tensor], forget: Sequence[Tensor], coefficients: Tensor, rows: Sequence[int]
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    coefficients: Tensor,
+    rows: Sequence[int],
+    scales: Sequence[Tensor] = (),
 ) -> None:
     # One conversion and one unbind for all rows: indexing a device tensor costs a kernel launch each time.
-    scalars = {
+    weights = {
         dtype: [row.unbind() for row in coefficients.to(dtype).unbind()]
-        for dtype in {_accumulation_dtype(t.dtype) for t in (*retain, *forget)}
+        for dtype in {_accumulation_dtype(t.dtype) for t in retain}
     }
-    for r, f, row in zip(retain, forget, rows, strict=True):
-        a, b = scalars[_accumulation_dtype(r.dtype)][row]
+    for i, (r, f, row) in enumerate(zip(retain, forget, rows, strict=True)):
+        a, b = weights[_accumulation_dtype(r.dtype)][row]
         if r.numel() == f.numel():
-            _blend_(r, f, a, b)
+            for r_slab, f_slab in _slabs(r, f, scales[i] if f.dtype == torch.int8 else None):
+                _blend_(r_slab, f_slab, a, b)
         else:
             out, weight = (f, a) if r.numel() == 0 else (r, b)
-            _scale_(out, weight)
+            for slab, _ in _slabs(out, out, None):
+                slab.copy_(slab.to(weight.dtype) * weight)
 
 
-def _flat_pairs(
-    forget: Sequence[Tensor], retain: Sequence[Tensor], rows: Sequence[int], limit: int
-) -> Iterator[tuple[str, Tensor, Tensor, int]]:
-    """The pairs as flat vectors, small neighbours joined: one launch for many biases and norm weights."""
-    kinds = {"both": [], "forget": [], "retain": []}  # type: dict[str, list[int]]
+def _kinds(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> dict[str, list[int]]:
+    """The indices of the pairs by what is there: both gradients, or one."""
+    kinds: dict[str, list[int]] = {"both": [], "forget": [], "retain": []}
     for i, (f, r) in enumerate(zip(forget, retain, strict=True)):
         kinds["both" if f.numel() == r.numel() else "retain" if f.numel() == 0 else "forget"].append(i)
-    for kind, indices in kinds.items():
-        fs = [(retain if kind == "retain" else forget)[i] for i in indices]
-        rs = [(forget if kind == "forget" else retain)[i] for i in indices]
-        for bucket in buckets(fs, [rows[i] for i in indices], limit):
-            yield (
-                kind,
-                _flatten([fs[i] for i in bucket.indices]),
-                _flatten([rs[i] for i in bucket.indices]),
-                bucket.row,
-            )
+    return kinds
+
+
+def _flat_slabs(
+    kind: str, forget: Sequence[Tensor], retain: Sequence[Tensor], scales: Sequence[Tensor], indices: list[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs of a bucket as flat slabs; many small ones are joined into one, for fewer launches."""
+    if kind != "both":
+        alone = _flatten([(forget if kind == "forget" else retain)[i] for i in indices])
+        return _slabs(alone, alone, None)
+    if len(indices) == 1:
+        f, r = forget[indices[0]], retain[indices[0]]
+        if f.dtype == torch.int8:  # Blocks follow the memory, so the other one does too.
+            return _slabs(memory_order(in_order_of(r, f)), memory_order(f), scales[indices[0]])
+        return _slabs(r.reshape(-1), f.reshape(-1), None)
+    restored = [
+        dequantize(forget[i], scales[i], _accumulation_dtype(retain[i].dtype))
+        if forget[i].dtype == torch.int8
+        else forget[i].to(retain[i].dtype)
+        for i in indices
+    ]
+    return _slabs(_flatten([retain[i] for i in indices]), _flatten(restored), None)
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
@@ -72,9 +100,9 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def _slab_dots(kind: str, f: Tensor, r: Tensor) -> Tensor:
+def _slab_dots(kind: str, r: Tensor, f: Tensor) -> Tensor:
     """``[3, chunks]`` float64 partial sums; one-sided gradients come in as ``f is r``, with two of the sums zero."""
-    dtype = _accumulation_dtype(f.dtype)
+    dtype = _accumulation_dtype(r.dtype)
     f, r = f.to(dtype), r.to(dtype)
     if kind != "both":
         norm = _chunk_sums(f.square().unsqueeze(0))
@@ -104,25 +132,28 @@ def _ordered_sum(values: Tensor) -> Tensor:
 
 
 def _blend_(r: Tensor, f: Tensor, a: Tensor, b: Tensor) -> None:
-    for r_slab, f_slab in _slabs(r, f):
-        if r_slab.dtype == b.dtype:
-            r_slab.mul_(b).addcmul_(f_slab, a)
-        else:
-            # In the tensors' own dtype the coefficient itself would be rounded, to 8 bits in bfloat16.
-            r_slab.copy_(r_slab.to(b.dtype).mul_(b).addcmul_(f_slab.to(a.dtype), a))
+    if r.dtype == f.dtype == b.dtype:
+        r.mul_(b).addcmul_(f, a)
+    else:
+        # In the tensors' own dtype the coefficient itself would be rounded, to 8 bits in bfloat16.
+        r.copy_(r.to(b.dtype).mul_(b).addcmul_(f.to(a.dtype), a))
 
 
-def _scale_(out: Tensor, weight: Tensor) -> None:
-    for slab, _ in _slabs(out, out):
-        slab.copy_(slab.to(weight.dtype) * weight)
+def _slabs(out: Tensor, forget: Tensor, scales: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching pieces of both, the forget gradient's restored where it is int8.
 
-
-def _slabs(out: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching pieces of both; tensors of other layouts stay whole, for ``out`` must not become a copy."""
-    if not (out.is_contiguous() and other.is_contiguous()):
-        return iter([(out, other)])
-    size = _slab_size(out.device)
-    return zip(torch.split(out.view(-1), size), torch.split(other.view(-1), size), strict=True)
+    Tensors of other layouts stay whole, for ``out`` must not become a copy.
+    """
+    dtype = _accumulation_dtype(out.dtype)
+    if not (out.is_contiguous() and forget.is_contiguous()):
+        yield out, forget if scales is None else dequantize(forget, scales, dtype)
+        return
+    out, forget, size = out.view(-1), forget.view(-1), _slab_size(out.device)
+    for start in range(0, out.numel(), size):
+        piece = forget[start : start + size]
+        if scales is not None:
+            piece = dequantize_flat(piece, scales[start // BLOCK_SIZE : (start + size) // BLOCK_SIZE], dtype)
+        yield out[start : start + size], piece
 
 
 def _slab_size(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from blur_optim.kernels import foreach
+from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
@@ -52,28 +53,58 @@ def _why_not_cuda(device: torch.device) -> str:
     return ""
 
 
-def multi_tensor_dots(forget: Sequence[Tensor], retain: Sequence[Tensor], rows: Sequence[int], num_rows: int) -> Tensor:
+def multi_tensor_dots(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    num_rows: int,
+    scales: Sequence[Tensor] = (),
+) -> Tensor:
     if not forget:
         return torch.zeros(num_rows, 3, dtype=torch.float64)
-    pairs = [_alike(f, r) for f, r in zip(forget, retain, strict=True)]
-    dots = _op("multi_tensor_dots")([f for f, _ in pairs], [r for _, r in pairs], list(rows), num_rows)
-    return cast(Tensor, dots)
+    forget, retain = in_one_order(forget, retain)
+    return cast(Tensor, _op("multi_tensor_dots")(forget, retain, list(rows), num_rows, list(scales)))
 
 
 def multi_tensor_blend_(
-    retain: Sequence[Tensor], forget: Sequence[Tensor], coefficients: Tensor, rows: Sequence[int]
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    coefficients: Tensor,
+    rows: Sequence[int],
+    scales: Sequence[Tensor] = (),
 ) -> None:
-    # A result of unusual layout is written by the other backend: flattening it here would write to a copy.
-    dense: list[int] = []
-    for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
-        if _dense_alike(r, f) if r.numel() and f.numel() else (r if r.numel() else f).is_contiguous():
-            dense.append(i)
-        else:
-            foreach.multi_tensor_blend_([r], [f], coefficients, [rows[i]])
+    dense = blend_the_unusual_(retain, forget, coefficients, rows, scales)
     if dense:
         mine = [retain[i] for i in dense], [forget[i] for i in dense]
-        _op("multi_tensor_blend_")(*mine, coefficients.contiguous(), [rows[i] for i in dense])
+        scales = [scales[i] for i in dense] if scales else []
+        _op("multi_tensor_blend_")(*mine, coefficients.contiguous(), [rows[i] for i in dense], scales)
         increment_version([r if r.numel() else f for r, f in zip(*mine, strict=True)])
+
+
+def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients with the elements of each pair in one order: as they are, or copies where layouts are unusual."""
+    forget = [f if is_dense(f) else f.contiguous() for f in forget]
+    retain = [
+        in_order_of(r, f) if f.numel() == r.numel() else r.contiguous() for f, r in zip(forget, retain, strict=True)
+    ]
+    return forget, retain
+
+
+def blend_the_unusual_(
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    coefficients: Tensor,
+    rows: Sequence[int],
+    scales: Sequence[Tensor],
+) -> list[int]:
+    """Blend the pairs of unusual layout, whose results a copy would miss, by the other backend. The indices left."""
+    dense: list[int] = []
+    for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
+        if dense_alike(r, f) if r.numel() and f.numel() else (r if r.numel() else f).is_contiguous():
+            dense.append(i)
+        else:
+            foreach.multi_tensor_blend_([r], [f], coefficients, [rows[i]], scales[i : i + 1])
+    return dense
 
 
 def fused_adamw_(
@@ -87,6 +118,8 @@ def fused_adamw_(
     coefficients: Tensor,
     steps: Tensor,
     lr: Tensor,
+    *,
+    scales: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
     _op("fused_adamw_")(
@@ -96,6 +129,7 @@ def fused_adamw_(
         steps,
         lr,
         **options,
+        scales=list(scales),
     )
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
 
@@ -108,6 +142,8 @@ def fused_sgd_(
     rows: Sequence[int],
     coefficients: Tensor,
     lr: Tensor,
+    *,
+    scales: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
     _op("fused_sgd_")(
@@ -116,6 +152,7 @@ def fused_sgd_(
         coefficients.contiguous(),
         lr,
         **options,
+        scales=list(scales),
     )
     increment_version([*params, *momentum_buffers])
 
@@ -124,28 +161,3 @@ def _op(name: str) -> Callable[..., Any]:
     if reason := _load():
         raise ImportError(f"The native backend is not available: {reason}")
     return cast(Callable[..., Any], getattr(torch.ops.blur_optim, name))
-
-
-def _alike(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair in one memory order: as it is where both have the same dense layout, else copies."""
-    if f.numel() and r.numel() and _dense_alike(f, r):
-        return f, r
-    return f.contiguous(), r.contiguous()
-
-
-def _dense_alike(f: Tensor, r: Tensor) -> bool:
-    if f.is_contiguous() and r.is_contiguous():
-        return True
-    return f.stride() == r.stride() and is_dense(f)
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill a block of memory without gap or overlap, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.size(), strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True

@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def _multi_tensor_dots(
-    forget: Sequence[Tensor], retain: Sequence[Tensor], rows: Sequence[int], num_rows: int
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    num_rows: int,
+    scales: Sequence[Tensor] = (),
 ) -> Tensor:
     return forget[0].new_empty((num_rows, 3), dtype=torch.float64)
 

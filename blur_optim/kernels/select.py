@@ -19,10 +19,19 @@ class Backend(Protocol):
     ``forget[i]`` and ``retain[i]`` have the same shape and dtype. Either may be *absent*, written as a tensor of 0
     elements beside one that has some, and then counts as zeros. ``rows[i]`` names the row of the result or of the
     coefficients that tensor i belongs to; rows ascend.
+
+    A forget gradient beside a present retain gradient may be compressed: bfloat16 instead of float32 or float64, or
+    int8 with ``scales[i]`` as :mod:`blur_optim.kernels.blocks` says. It is read as it is; no decompressed copy is made.
+    ``scales`` has an entry for every pair (any tensor where the gradient is not int8), or is empty.
     """
 
     def multi_tensor_dots(
-        self, forget: Sequence[Tensor], retain: Sequence[Tensor], rows: Sequence[int], num_rows: int
+        self,
+        forget: Sequence[Tensor],
+        retain: Sequence[Tensor],
+        rows: Sequence[int],
+        num_rows: int,
+        scales: Sequence[Tensor] = (),
     ) -> Tensor:
         r"""Compute the three dots of each row.
 
@@ -33,7 +42,12 @@ class Backend(Protocol):
         """
 
     def multi_tensor_blend_(
-        self, retain: Sequence[Tensor], forget: Sequence[Tensor], coefficients: Tensor, rows: Sequence[int]
+        self,
+        retain: Sequence[Tensor],
+        forget: Sequence[Tensor],
+        coefficients: Tensor,
+        rows: Sequence[int],
+        scales: Sequence[Tensor] = (),
     ) -> None:
         """Write ``a * forget[i] + b * retain[i]`` into ``retain[i]``, or into ``forget[i]`` where retain is absent.
 
@@ -67,6 +81,7 @@ class FusedBackend(Backend, Protocol):
         maximize: bool,
         decoupled: bool,
         found_inf: Tensor | None,
+        scales: Sequence[Tensor] = (),
     ) -> None:
         """Take the step of torch.optim.AdamW (``decoupled``) or Adam on ``a * forget + b * retain``.
 
@@ -95,6 +110,7 @@ class FusedBackend(Backend, Protocol):
         maximize: bool,
         first_step: bool,
         found_inf: Tensor | None,
+        scales: Sequence[Tensor] = (),
     ) -> None:
         """Take the step of torch.optim.SGD on ``a * forget + b * retain``.
 

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from blur_optim.kernels import foreach
-from blur_optim.kernels.native import _alike, _dense_alike
+from blur_optim.kernels.native import blend_the_unusual_, in_one_order
 
 
 def why_not(device: torch.device) -> str:
@@ -52,13 +51,19 @@ def _why_not_compile(device: torch.device) -> str:
     return ""
 
 
-def multi_tensor_dots(forget: Sequence[Tensor], retain: Sequence[Tensor], rows: Sequence[int], num_rows: int) -> Tensor:
+def multi_tensor_dots(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    num_rows: int,
+    scales: Sequence[Tensor] = (),
+) -> Tensor:
     if not forget:
         return torch.zeros(num_rows, 3, dtype=torch.float64)
-    pairs = [_alike(f, r) for f, r in zip(forget, retain, strict=True)]
+    forget, retain = in_one_order(forget, retain)
     kernels = _kernels()
     device = forget[0].device
-    plan = _make_plan([f for f, _ in pairs], [r for _, r in pairs], {}, rows, num_rows)
+    plan = _make_plan(forget, retain, {}, rows, num_rows)
     partials = torch.empty(plan.num_chunks, 3, dtype=torch.float64, device=device)
     dots = torch.empty(num_rows, 3, dtype=torch.float64, device=device)
     _run_plan(kernels.dots_kernel, plan, partials)
@@ -67,15 +72,13 @@ def multi_tensor_dots(forget: Sequence[Tensor], retain: Sequence[Tensor], rows: 
 
 
 def multi_tensor_blend_(
-    retain: Sequence[Tensor], forget: Sequence[Tensor], coefficients: Tensor, rows: Sequence[int]
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    coefficients: Tensor,
+    rows: Sequence[int],
+    scales: Sequence[Tensor] = (),
 ) -> None:
-    # As in the native backend: a result of unusual layout is written by the other one.
-    dense: list[int] = []
-    for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
-        if _dense_alike(r, f) if r.numel() and f.numel() else (r if r.numel() else f).is_contiguous():
-            dense.append(i)
-        else:
-            foreach.multi_tensor_blend_([r], [f], coefficients, [rows[i]])
+    dense = blend_the_unusual_(retain, forget, coefficients, rows, scales)
     if not dense:
         return
     forget, retain, rows = [forget[i] for i in dense], [retain[i] for i in dense], [rows[i] for i in dense]
@@ -104,6 +107,7 @@ def fused_adamw_(
     maximize: bool,
     decoupled: bool,
     found_inf: Tensor | None,
+    scales: Sequence[Tensor] = (),
 ) -> None:
     if not params:
         return
@@ -140,6 +144,7 @@ def fused_sgd_(
     maximize: bool,
     first_step: bool,
     found_inf: Tensor | None,
+    scales: Sequence[Tensor] = (),
 ) -> None:
     if not params:
         return

@@ -5,19 +5,18 @@
 
 namespace blur_optim::cpu {
 
-// Everything works on one chunk: n elements that start at the given pointers.
+// Everything works on one chunk: the pair has its first elements and their number.
 struct Kernels {
   const char* name;
-  // out = <r, f>, |f|^2, |r|^2. f or r may be null.
-  void (*dots)(Dtype, const void* f, const void* r, int64_t n, double out[3]);
-  // r <- a f + b r; into f where r is null, out of b r alone where f is null.
-  void (*blend)(Dtype, void* f, void* r, int64_t n, double a, double b);
+  // out = <r, f>, |f|^2, |r|^2.
+  void (*dots)(const Pair&, double out[3]);
+  // r <- a f + b r; into f where r is absent.
+  void (*blend)(const Pair&, double a, double b);
   // AdamW on u = a f + b r, which never leaves the registers. vmax is null without amsgrad.
-  void (*adam)(Dtype param, Dtype grad, void* p, void* m, void* v, void* vmax, const void* f, const void* r, int64_t n,
-               double a, double b, double step, const AdamOptions&);
+  void (*adam)(Dtype param, void* p, void* m, void* v, void* vmax, const Pair&, double a, double b, double step,
+               const AdamOptions&);
   // SGD on u = a f + b r. momentum_buffer is null without momentum.
-  void (*sgd)(Dtype param, Dtype grad, void* p, void* momentum_buffer, const void* f, const void* r, int64_t n, double a,
-              double b, const SgdOptions&);
+  void (*sgd)(Dtype param, void* p, void* momentum_buffer, const Pair&, double a, double b, const SgdOptions&);
 };
 
 extern const Kernels kGeneric;

@@ -4,6 +4,7 @@
 // order matters, so that all copies give the same bits.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -70,6 +71,7 @@ template <class T>
 using Compute = typename ComputeOf<T>::type;
 
 // 16 elements in the compute dtype. Written as vectors because compilers do not find them in the element-wise form.
+typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Words __attribute__((vector_size(32)));
 typedef uint32_t Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
@@ -102,6 +104,59 @@ struct VectorOf<double> {
   using type = Doubles;
 };
 
+// Where a kernel reads a gradient from: its elements one by one, and 16 at a time.
+template <class T>
+struct Plain {
+  using Element = T;
+  T* __restrict x;
+
+  Compute<T> load(int64_t i) const { return cpu::load(x[i]); }
+  template <class V>
+  void load16(V& out, int64_t i) const {
+    if constexpr (std::is_same_v<V, typename VectorOf<Compute<T>>::type>)
+      cpu::load16(out, x + i);
+    else  // bfloat16 beside float64.
+      for (int k = 0; k < 16; ++k) out[k] = cpu::load(x[i + k]);
+  }
+  void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
+  void store(int64_t i, Compute<T> value) const { cpu::store(x[i], value); }
+};
+
+// Integers with a scale for each block, where the block of an element is not known beforehand.
+template <class C>
+struct Blocks {
+  using Element = int8_t;
+  const int8_t* __restrict x;
+  const float* __restrict scales;
+
+  C load(int64_t i) const { return C(x[i]) * C(scales[i / kBlockSize]); }
+  template <class V>
+  void load16(V& out, int64_t i) const {
+    static_assert(kBlockSize % 16 == 0);
+    out = __builtin_convertvector(load_as<Bytes>(x + i), V) * C(scales[i / kBlockSize]);
+  }
+  void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
+};
+
+// The elements of one block.
+template <class C>
+struct Block {
+  const int8_t* __restrict x;
+  C scale;
+  C load(int64_t i) const { return C(x[i]) * scale; }
+};
+
+// Call body(first, count, source) for the longest stretches in which the source is a simple loop's.
+template <class T, class Body>
+inline void for_each_stretch(Plain<T> source, int64_t n, const Body& body) {
+  body(int64_t(0), n, source);
+}
+template <class C, class Body>
+inline void for_each_stretch(Blocks<C> source, int64_t n, const Body& body) {
+  for (int64_t i = 0; i < n; i += kBlockSize)
+    body(i, n - i < kBlockSize ? n - i : int64_t(kBlockSize), Block<C>{source.x + i, C(source.scales[i / kBlockSize])});
+}
+
 // 64 running sums per dot, whatever the vector width: 4 registers of AVX-512, 8 of AVX2.
 constexpr int kLanes = 64;
 constexpr int kVecs = kLanes / 16;
@@ -131,8 +186,8 @@ struct Lanes {
 
 // Add up to kRun * kLanes elements to the totals. Lanes are independent, so how many of them advance together (kGroup
 // vectors, as the registers allow) does not change a bit.
-template <int kGroup, class T, class C>
-inline void dots_run(const T* __restrict f, const T* __restrict r, int rounds, Lanes<C> totals[3]) {
+template <int kGroup, class F, class R, class C>
+inline void dots_run(F f, R r, int64_t begin, int rounds, Lanes<C> totals[3]) {
   using Vec = typename VectorOf<C>::type;
   Vec rf[kVecs] = {}, ff[kVecs] = {}, rr[kVecs] = {};
 #pragma GCC unroll 4
@@ -142,14 +197,14 @@ inline void dots_run(const T* __restrict f, const T* __restrict r, int rounds, L
         // Passes over every fourth line defeat the hardware's prefetcher: fetch the next run whole, in the first of them.
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
-          __builtin_prefetch(f + (kRun + i) * kLanes + v * 16);
-          __builtin_prefetch(r + (kRun + i) * kLanes + v * 16);
+          f.prefetch(begin + (kRun + i) * kLanes + v * 16);
+          r.prefetch(begin + (kRun + i) * kLanes + v * 16);
         }
 #pragma GCC unroll 4
       for (int v = first; v < first + kGroup; ++v) {
         Vec x, y;
-        load16(x, f + i * kLanes + v * 16);
-        load16(y, r + i * kLanes + v * 16);
+        f.load16(x, begin + i * kLanes + v * 16);
+        r.load16(y, begin + i * kLanes + v * 16);
         rf[v] += x * y;
         ff[v] += x * x;
         rr[v] += y * y;
@@ -161,18 +216,19 @@ inline void dots_run(const T* __restrict f, const T* __restrict r, int rounds, L
   totals[2].add(rr);
 }
 
-template <class T>
-void dots_both(const T* __restrict f, const T* __restrict r, int64_t n, double out[3]) {
-  using C = Compute<T>;
-  constexpr int kGroup = sizeof(T) == 2 ? kGroupVecs16Bit : kGroupVecs;
+template <class F, class R>
+void dots(F f, R r, int64_t n, double out[3]) {
+  using C = Compute<typename R::Element>;
+  constexpr bool kConverts = sizeof(typename F::Element) < 4 || sizeof(typename R::Element) < 4;
+  constexpr int kGroup = kConverts ? kGroupVecs16Bit : kGroupVecs;
   Lanes<C> totals[3];
   int64_t i = 0;
-  for (; i + kRun * kLanes <= n; i += kRun * kLanes) dots_run<kGroup>(f + i, r + i, kRun, totals);
+  for (; i + kRun * kLanes <= n; i += kRun * kLanes) dots_run<kGroup>(f, r, i, kRun, totals);
   const int rounds = int((n - i) / kLanes);
-  if (rounds) dots_run<kGroup>(f + i, r + i, rounds, totals);
+  if (rounds) dots_run<kGroup>(f, r, i, rounds, totals);
   i += rounds * kLanes;
   for (int j = 0; i < n; ++i, ++j) {
-    const C x = load(f[i]), y = load(r[i]);
+    const C x = C(f.load(i)), y = r.load(i);
     totals[0].sum[j] += x * y;
     totals[1].sum[j] += x * x;
     totals[2].sum[j] += y * y;
@@ -181,73 +237,95 @@ void dots_both(const T* __restrict f, const T* __restrict r, int64_t n, double o
 }
 
 template <class T>
-void dots(const void* f, const void* r, int64_t n, double out[3]) {
-  // A lone gradient is paired with itself, for the same bits as beside zeros, and the sums that do not exist are dropped.
-  dots_both(static_cast<const T*>(f ? f : r), static_cast<const T*>(r ? r : f), n, out);
-  if (f && r) return;
-  out[0] = 0;
-  out[f ? 2 : 1] = 0;
+Plain<T> plain(void* x) {
+  return {static_cast<T*>(x)};
+}
+
+// Call visit(forget, retain) with the two sources of a pair, both present.
+template <class T, class Visitor>
+void with_sources(const Pair& pair, const Visitor& visit) {
+  const Plain<T> retain = plain<T>(pair.retain);
+  if (pair.forget_dtype == Dtype::Int8) return visit(Blocks<Compute<T>>{static_cast<int8_t*>(pair.forget), pair.scales}, retain);
+  if constexpr (sizeof(T) > 2)
+    if (pair.forget_dtype == Dtype::BFloat16) return visit(plain<BFloat16>(pair.forget), retain);
+  visit(plain<T>(pair.forget), retain);
 }
 
 template <class T>
-void blend(void* forget, void* retain, int64_t n, double a64, double b64) {
-  using C = Compute<T>;
-  const C a = C(a64), b = C(b64);
-  T* __restrict f = static_cast<T*>(forget);
-  T* __restrict r = static_cast<T*>(retain);
-  if (!r)
-    for (int64_t i = 0; i < n; ++i) store(f[i], a * load(f[i]));
-  else if (!f)
-    for (int64_t i = 0; i < n; ++i) store(r[i], b * load(r[i]));
-  else
-    for (int64_t i = 0; i < n; ++i) store(r[i], b * load(r[i]) + a * load(f[i]));
+void dots(const Pair& pair, double out[3]) {
+  if (pair.forget && pair.retain)
+    return with_sources<T>(pair, [&](auto f, auto r) { dots(f, r, pair.numel, out); });
+  // A lone gradient is paired with itself, for the same bits as beside zeros, and the sums that do not exist are dropped.
+  const Plain<T> alone = plain<T>(pair.forget ? pair.forget : pair.retain);
+  dots(alone, alone, pair.numel, out);
+  out[0] = 0;
+  out[pair.forget ? 2 : 1] = 0;
 }
 
-// The two gradients of an element as one. Specialised on what is there, so that the loop has no branch.
-template <class G, bool kForget, bool kRetain>
-struct Update {
-  using C = Compute<G>;
-  const G* __restrict f;
-  const G* __restrict r;
+// The two gradients of an element as one.
+template <class F, class R, class C>
+struct Both {
+  F forget;
+  R retain;
   C a, b;
-
-  C operator()(int64_t i) const {
-    if constexpr (kForget && kRetain) return b * load(r[i]) + a * load(f[i]);
-    if constexpr (kForget) return a * load(f[i]);
-    return b * load(r[i]);
-  }
+  C operator()(int64_t i) const { return b * retain.load(i) + a * C(forget.load(i)); }
+};
+template <class G, class C>
+struct Lone {
+  G grad;
+  C weight;
+  C operator()(int64_t i) const { return weight * grad.load(i); }
 };
 
-template <class G, class Body>
-void with_update(const void* f, const void* r, double a, double b, bool negate, const Body& body) {
-  using C = Compute<G>;
-  const C x = C(negate ? -a : a), y = C(negate ? -b : b);
-  const G *fs = static_cast<const G*>(f), *rs = static_cast<const G*>(r);
-  if (f && r)
-    body(Update<G, true, true>{fs, rs, x, y});
-  else if (f)
-    body(Update<G, true, false>{fs, rs, x, y});
-  else
-    body(Update<G, false, true>{fs, rs, x, y});
+// Call body(first, count, u) for the stretches of a pair, u(i) being the update of element first + i. It is a type of its own
+// for what is there, so that the loops have no branch.
+template <class T, class Body>
+void with_update(const Pair& pair, double a64, double b64, const Body& body) {
+  using C = Compute<T>;
+  const C a = C(a64), b = C(b64);
+  if (!pair.forget) return body(int64_t(0), pair.numel, Lone<Plain<T>, C>{plain<T>(pair.retain), b});
+  if (!pair.retain) return body(int64_t(0), pair.numel, Lone<Plain<T>, C>{plain<T>(pair.forget), a});
+  with_sources<T>(pair, [&](auto forget, Plain<T> retain) {
+    for_each_stretch(forget, pair.numel, [&](int64_t first, int64_t count, auto f) {
+      body(first, count, Both<decltype(f), Plain<T>, C>{f, {retain.x + first}, a, b});
+    });
+  });
 }
 
+template <class T>
+void blend(const Pair& pair, double a, double b) {
+  const Plain<T> out = plain<T>(pair.retain ? pair.retain : pair.forget);
+  with_update<T>(pair, a, b, [&](int64_t first, int64_t count, auto u) {
+    // Element by element what it reads: a loop without this promise would check for overlap, or not be vectorised.
+    T* const to = out.x + first;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) store(to[i], u(i));
+  });
+}
+
+template <class C>
+struct AdamConstants {
+  C decay, beta1, beta2, rest1, rest2, eps, step_size, correction2_sqrt;
+
+  AdamConstants(double step, const AdamOptions& o)
+      : decay(C(o.decoupled ? 1 - o.lr * o.weight_decay : o.weight_decay)), beta1(C(o.beta1)), beta2(C(o.beta2)),
+        rest1(C(1 - o.beta1)), rest2(C(1 - o.beta2)), eps(C(o.eps)), step_size(C(o.lr / (1 - std::pow(o.beta1, step)))),
+        correction2_sqrt(C(std::sqrt(1 - std::pow(o.beta2, step)))) {}
+};
+
 template <class P, bool kAmsgrad, bool kDecoupled, class U>
-void adam_loop(P* __restrict p, P* __restrict m, P* __restrict v, P* __restrict vmax, U u, int64_t n, double step,
-               const AdamOptions& o) {
+void adam_loop(P* __restrict p, P* __restrict m, P* __restrict v, P* __restrict vmax, U u, int64_t n,
+               const AdamConstants<Compute<P>> o) {
   using C = Compute<P>;
-  const C decay = C(kDecoupled ? 1 - o.lr * o.weight_decay : o.weight_decay);
-  const C beta1 = C(o.beta1), beta2 = C(o.beta2), rest1 = C(1 - o.beta1), rest2 = C(1 - o.beta2), eps = C(o.eps);
-  const C step_size = C(o.lr / (1 - std::pow(o.beta1, step)));
-  const C correction2_sqrt = C(std::sqrt(1 - std::pow(o.beta2, step)));
   for (int64_t i = 0; i < n; ++i) {
     C param = load(p[i]);
     C grad = C(u(i));
     if constexpr (kDecoupled)
-      param *= decay;
+      param *= o.decay;
     else
-      grad += decay * param;
-    const C m_new = beta1 * load(m[i]) + rest1 * grad;
-    const C v_new = beta2 * load(v[i]) + rest2 * grad * grad;
+      grad += o.decay * param;
+    const C m_new = o.beta1 * load(m[i]) + o.rest1 * grad;
+    const C v_new = o.beta2 * load(v[i]) + o.rest2 * grad * grad;
     store(m[i], m_new);
     store(v[i], v_new);
     C second = v_new;
@@ -256,16 +334,22 @@ void adam_loop(P* __restrict p, P* __restrict m, P* __restrict v, P* __restrict 
       second = seen < v_new ? v_new : seen;
       store(vmax[i], second);
     }
-    store(p[i], param - step_size * m_new / (std::sqrt(second) / correction2_sqrt + eps));
+    store(p[i], param - o.step_size * m_new / (std::sqrt(second) / o.correction2_sqrt + o.eps));
   }
 }
 
+template <class T>
+T* at(void* base, int64_t offset) {
+  return base ? static_cast<T*>(base) + offset : nullptr;
+}
+
 template <class P, class G>
-void adam(void* p, void* m, void* v, void* vmax, const void* f, const void* r, int64_t n, double a, double b,
-          double step, const AdamOptions& o) {
-  with_update<G>(f, r, a, b, o.maximize, [&](auto u) {
+void adam(void* p, void* m, void* v, void* vmax, const Pair& pair, double a, double b, double step, const AdamOptions& o) {
+  const AdamConstants<Compute<P>> constants(step, o);
+  const double sign = o.maximize ? -1 : 1;
+  with_update<G>(pair, sign * a, sign * b, [&](int64_t first, int64_t count, auto u) {
     const auto run = [&](auto loop) {
-      loop(static_cast<P*>(p), static_cast<P*>(m), static_cast<P*>(v), static_cast<P*>(vmax), u, n, step, o);
+      loop(at<P>(p, first), at<P>(m, first), at<P>(v, first), at<P>(vmax, first), u, count, constants);
     };
     using U = decltype(u);
     if (o.amsgrad)
@@ -294,9 +378,10 @@ void sgd_loop(P* __restrict p, P* __restrict buffer, U u, int64_t n, const SgdOp
 }
 
 template <class P, class G>
-void sgd(void* p, void* buffer, const void* f, const void* r, int64_t n, double a, double b, const SgdOptions& o) {
-  with_update<G>(f, r, a, b, o.maximize, [&](auto u) {
-    const auto run = [&](auto loop) { loop(static_cast<P*>(p), static_cast<P*>(buffer), u, n, o); };
+void sgd(void* p, void* buffer, const Pair& pair, double a, double b, const SgdOptions& o) {
+  const double sign = o.maximize ? -1 : 1;
+  with_update<G>(pair, sign * a, sign * b, [&](int64_t first, int64_t count, auto u) {
+    const auto run = [&](auto loop) { loop(at<P>(p, first), at<P>(buffer, first), u, count, o); };
     using U = decltype(u);
     if (!buffer)
       run(sgd_loop<P, false, false, U>);
@@ -312,6 +397,7 @@ void with_dtype(Dtype dtype, const Visitor& visit) {
     case Dtype::BFloat16: return visit(BFloat16());
     case Dtype::Float16: return visit(Float16());
     case Dtype::Float64: return visit(double());
+    case Dtype::Int8: return;  // Never of a parameter or a retain gradient.
   }
 }
 
@@ -329,21 +415,17 @@ void with_dtypes(Dtype param, Dtype grad, const Visitor& visit) {
 constexpr Kernels make_kernels(const char* name) {
   return {
       name,
-      [](Dtype d, const void* f, const void* r, int64_t n, double out[3]) {
-        with_dtype(d, [&](auto t) { dots<decltype(t)>(f, r, n, out); });
-      },
-      [](Dtype d, void* f, void* r, int64_t n, double a, double b) {
-        with_dtype(d, [&](auto t) { blend<decltype(t)>(f, r, n, a, b); });
-      },
-      [](Dtype pd, Dtype gd, void* p, void* m, void* v, void* vmax, const void* f, const void* r, int64_t n, double a,
-         double b, double step, const AdamOptions& o) {
-        with_dtypes(pd, gd, [&](auto pt, auto gt) {
-          adam<decltype(pt), decltype(gt)>(p, m, v, vmax, f, r, n, a, b, step, o);
+      [](const Pair& pair, double out[3]) { with_dtype(pair.dtype, [&](auto t) { dots<decltype(t)>(pair, out); }); },
+      [](const Pair& pair, double a, double b) { with_dtype(pair.dtype, [&](auto t) { blend<decltype(t)>(pair, a, b); }); },
+      [](Dtype param, void* p, void* m, void* v, void* vmax, const Pair& pair, double a, double b, double step,
+         const AdamOptions& o) {
+        with_dtypes(param, pair.dtype, [&](auto pt, auto gt) {
+          adam<decltype(pt), decltype(gt)>(p, m, v, vmax, pair, a, b, step, o);
         });
       },
-      [](Dtype pd, Dtype gd, void* p, void* buffer, const void* f, const void* r, int64_t n, double a, double b,
-         const SgdOptions& o) {
-        with_dtypes(pd, gd, [&](auto pt, auto gt) { sgd<decltype(pt), decltype(gt)>(p, buffer, f, r, n, a, b, o); });
+      [](Dtype param, void* p, void* buffer, const Pair& pair, double a, double b, const SgdOptions& o) {
+        with_dtypes(param, pair.dtype,
+                    [&](auto pt, auto gt) { sgd<decltype(pt), decltype(gt)>(p, buffer, pair, a, b, o); });
       },
   };
 }

@@ -3,7 +3,7 @@
 // Nothing here waits for the device. Every function returns a cudaError_t, 0 where all launches went well.
 #pragma once
 
-#include "../pairs.h"
+#include "../multi_tensor.h"
 
 namespace blur_optim::cuda {
 

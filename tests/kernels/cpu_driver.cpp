@@ -7,7 +7,9 @@
 using namespace blur_optim;
 using namespace blur_optim::cpu;
 
-static size_t element_size(Dtype d) { return d == Dtype::Float64 ? 8 : d == Dtype::Float32 ? 4 : 2; }
+static size_t element_size(Dtype d) {
+  return d == Dtype::Float64 ? 8 : d == Dtype::Float32 ? 4 : d == Dtype::Int8 ? 1 : 2;
+}
 
 struct Buffer {
   std::vector<char> bytes;
@@ -15,20 +17,27 @@ struct Buffer {
   void* data() { return bytes.data(); }
 };
 
-static void run(const Kernels& k, Dtype p, Dtype g, int64_t n, bool has_f, bool has_r) {
-  Buffer param(p, n), m(p, n), v(p, n), vmax(p, n), forget(g, n), retain(g, n);
-  void* f = has_f ? forget.data() : nullptr;
-  void* r = has_r ? retain.data() : nullptr;
+static void run(const Kernels& k, Dtype p, Dtype g, Dtype stashed, int64_t n, bool has_f, bool has_r) {
+  Buffer param(p, n), m(p, n), v(p, n), vmax(p, n), forget(stashed, n), retain(g, n);
+  Buffer scales(Dtype::Float32, (n + kBlockSize - 1) / kBlockSize);
+  const Pair pair{has_f ? forget.data() : nullptr, has_r ? retain.data() : nullptr,        n, g, 0, stashed,
+                  stashed == Dtype::Int8 ? static_cast<const float*>(scales.data()) : nullptr};
   double out[3];
-  k.dots(g, f, r, n, out);
-  k.blend(g, f, r, n, 0.3, -1.2);
+  k.dots(pair, out);
+  k.blend(pair, 0.3, -1.2);
   for (int flags = 0; flags < 8; ++flags) {
     const AdamOptions adam{1e-3, 0.9, 0.99, 0.1, 1e-8, bool(flags & 1), bool(flags & 2), bool(flags & 4)};
-    k.adam(p, g, param.data(), m.data(), v.data(), flags & 1 ? vmax.data() : nullptr, f, r, n, 0.3, -1.2, 2, adam);
+    k.adam(p, param.data(), m.data(), v.data(), flags & 1 ? vmax.data() : nullptr, pair, 0.3, -1.2, 2, adam);
     const SgdOptions sgd{1e-3, 0.9, 0.1, 0.1, bool(flags & 1), bool(flags & 2), bool(flags & 4)};
-    k.sgd(p, g, param.data(), m.data(), f, r, n, 0.3, -1.2, sgd);
-    k.sgd(p, g, param.data(), nullptr, f, r, n, 0.3, -1.2, sgd);
+    k.sgd(p, param.data(), m.data(), pair, 0.3, -1.2, sgd);
+    k.sgd(p, param.data(), nullptr, pair, 0.3, -1.2, sgd);
   }
+}
+
+static void run(const Kernels& k, Dtype p, Dtype g, int64_t n) {
+  for (int present = 1; present < 4; ++present) run(k, p, g, g, n, present & 1, present & 2);
+  run(k, p, g, Dtype::Int8, n, true, true);
+  if (element_size(g) > 2) run(k, p, g, Dtype::BFloat16, n, true, true);
 }
 
 int main() {
@@ -36,11 +45,10 @@ int main() {
   if (&kernels() != &kGeneric) tables.push_back(&kernels());
   const Dtype all[] = {Dtype::Float32, Dtype::BFloat16, Dtype::Float16, Dtype::Float64};
   for (const Kernels* k : tables)
-    for (int64_t n : {1, 15, 63, 64, 65, 1023, 1024, 1025, 2100})
-      for (Dtype d : all)
-        for (int present = 1; present < 4; ++present) {
-          run(*k, d, d, n, present & 1, present & 2);
-          if (element_size(d) == 2) run(*k, Dtype::Float32, d, n, present & 1, present & 2);
-        }
+    for (int64_t n : {1, 15, 63, 64, 65, 255, 257, 1023, 1024, 1025, 2100})
+      for (Dtype d : all) {
+        run(*k, d, d, n);
+        if (element_size(d) == 2) run(*k, Dtype::Float32, d, n);
+      }
   std::printf("done\n");
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blur_optim.kernels import foreach, native, reference
+from blur_optim.kernels.blocks import quantize
 from blur_optim.kernels.select import BACKEND_VARIABLE, BACKENDS, select_backend, why_not
 
 # Triton's interpreter is too slow for these sizes; test_triton.py is its own.
@@ -44,12 +45,12 @@ def make(shapes, dtype, seed, layout="contiguous"):
     return [LAYOUTS[layout](torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
 
-def assert_dots_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def assert_dots_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, rounding: float = 0.0) -> None:
     assert actual.dtype == torch.float64
     assert actual.shape == expected.shape
     forget, retain = expected[:, 1].sqrt(), expected[:, 2].sqrt()
     scale = torch.stack([forget * retain, forget**2, retain**2], dim=1)
-    assert ((actual - expected).abs() <= DOT_TOLERANCE[dtype] * scale).all()
+    assert ((actual - expected).abs() <= (DOT_TOLERANCE[dtype] + rounding) * scale).all()
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -130,6 +131,67 @@ def test_an_absent_gradient_counts_as_zeros(backend, dtype):
     kernels.multi_tensor_blend_(retain, forget, coefficients, [0] * 4)
     reference.multi_tensor_blend_(full_r, full_f, coefficients, [0] * 4)
     assert all(torch.equal(x, y) for x, y in zip(results[1:], full_r[1:], strict=True))
+
+
+COMPRESSED = [
+    (dtype, stash)
+    for dtype in BLEND_TOLERANCE
+    for stash in (torch.bfloat16, torch.int8)
+    if stash.itemsize < dtype.itemsize
+]
+
+
+def compress(tensors, stash):
+    """The tensors as a stash keeps them, and their scales."""
+    if stash is torch.int8:
+        return map(list, zip(*map(quantize, tensors), strict=True))
+    return [t.to(stash) for t in tensors], []
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(("dtype", "stash"), COMPRESSED, ids=str)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_compressed_forget_gradients_are_read_as_they_are(backend, dtype, stash, shapes):
+    forget, scales = compress(make(shapes, dtype, seed=0), stash)
+    retain, rows, kernels = make(shapes, dtype, seed=1), [0] * len(shapes), BACKENDS[backend]
+    if len(forget) > 1:  # One without a forget gradient among them.
+        forget[1] = forget[1].new_empty(0)
+    exact = reference._in_float64(forget, scales)
+    expected = reference.multi_tensor_dots(exact, [r.double() for r in retain], rows, 1)
+    # The product with a block's scale rounds too, the same way for all elements of a block that have one value.
+    rounding = 2**-24 if stash is torch.int8 and dtype != torch.float64 else 0.0
+    assert_dots_close(kernels.multi_tensor_dots(forget, retain, rows, 1, scales), expected, dtype, 2 * rounding)
+    a, b = -1.3, 0.7
+    terms = [
+        (a * f if len(f) else 0 * r.double(), b * r.double()) for f, r in zip(flat(exact), flat(retain), strict=True)
+    ]
+    kept = [f.clone() for f in forget]
+    kernels.multi_tensor_blend_(retain, forget, torch.tensor([[a, b]], dtype=torch.float64), rows, scales)
+    for actual, (af, br) in zip(flat(retain), terms, strict=True):
+        limit = (BLEND_TOLERANCE[dtype] + rounding) * (af.abs() + br.abs())
+        smallest = 2**-25 if dtype == torch.float16 else 0.0  # Half of the spacing of the subnormals.
+        assert ((actual.double() - (af + br)).abs() <= limit + smallest).all()
+    assert all(torch.equal(f, k) for f, k in zip(forget, kept, strict=True))
+
+
+def flat(tensors):
+    return [t.reshape(-1) for t in tensors]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("stash", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("forget_layout", ["contiguous", "transposed", "misaligned"])
+@pytest.mark.parametrize("retain_layout", LAYOUTS)
+def test_layouts_of_compressed_gradients_do_not_matter(backend, stash, forget_layout, retain_layout):
+    shapes, kernels = [(31, 17), (5,)], BACKENDS[backend]
+    forget, scales = compress(make(shapes, torch.float32, 0, forget_layout), stash)
+    retain, coefficients = make(shapes, torch.float32, 1, retain_layout), torch.tensor([[0.3, -2.0]]).double()
+    exact, plain = reference._in_float64(forget, scales), [r.double() for r in retain]
+    dots = kernels.multi_tensor_dots(forget, retain, [0, 0], 1, scales)
+    assert_dots_close(dots, reference.multi_tensor_dots(exact, plain, [0, 0], 1), torch.float32, rounding=2**-23)
+    kernels.multi_tensor_blend_(retain, forget, coefficients, [0, 0], scales)
+    reference.multi_tensor_blend_(plain, exact, coefficients, [0, 0])
+    torch.testing.assert_close(retain, [p.float() for p in plain], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -12,6 +12,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from blur_optim.kernels import native
+from blur_optim.kernels.blocks import quantize
+from blur_optim.kernels.layout import is_dense
 
 WHY_NOT = native.why_not(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"native backend: {WHY_NOT}")
@@ -20,10 +22,11 @@ FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").
 CAPABILITIES = {"generic": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
-# Prints the bits of everything the kernels compute, over dtypes and sizes around their block sizes.
+# Prints the bits of everything the kernels compute, over dtypes, compressed gradients and sizes around the block sizes.
 PRINT_BITS = """
 import hashlib, sys, torch
 from blur_optim.kernels import native
+from blur_optim.kernels.blocks import quantize
 torch.set_num_threads(int(sys.argv[1]))
 native.why_not(torch.device("cpu"))
 ops = torch.ops.blur_optim
@@ -31,21 +34,34 @@ digest = hashlib.sha256()
 def add(*tensors):
     for t in tensors:
         digest.update(t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+def run(dtype, stash):
     sizes = [0, 1, 63, 64, 1023, 1024, 1500, 32768, 70001]
     make = lambda seed: [torch.randn(n, generator=torch.Generator().manual_seed(seed + n)).to(dtype) for n in sizes]
-    f, r, rows = make(1), make(2), [0] * len(sizes)
-    f[4] = r[6] = torch.empty(0, dtype=dtype)
+    f, r, rows, scales = make(1), make(2), [0] * len(sizes), []
+    f[4] = torch.empty(0, dtype=dtype)
+    if stash is torch.int8:
+        f, scales = zip(*map(quantize, f))
+        f, scales = list(f), list(scales)
+    elif stash:
+        f = [t.to(stash) for t in f]
+    else:
+        r[6] = torch.empty(0, dtype=dtype)
     weights = torch.tensor([[0.3, -1.7]], dtype=torch.float64)
-    add(ops.multi_tensor_dots(f, r, rows, 1))
+    add(ops.multi_tensor_dots(f, r, rows, 1, scales))
     p, m, v = make(3), make(4), [x.square() for x in make(5)]
     steps, lr = torch.full((len(sizes),), 3.0), torch.tensor(0.01, dtype=torch.float64)
-    ops.fused_adamw_(p, m, v, [], f, r, rows, weights, steps, lr, 0.9, 0.99, 0.1, 1e-8, False, False, True, None)
+    adamw = 0.9, 0.99, 0.1, 1e-8, False, False, True, None
+    ops.fused_adamw_(p, m, v, [], f, r, rows, weights, steps, lr, *adamw, scales)
     add(*p, *m, *v)
-    ops.fused_sgd_(p, m, f, r, rows, weights, lr, 0.9, 0.1, 0.1, True, False, False, None)
+    ops.fused_sgd_(p, m, f, r, rows, weights, lr, 0.9, 0.1, 0.1, True, False, False, None, scales)
     add(*p, *m)
-    ops.multi_tensor_blend_(r, f, weights, rows)
+    ops.multi_tensor_blend_(r, f, weights, rows, scales)
     add(*r, *f)
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    run(dtype, None)
+    run(dtype, torch.int8)
+    if dtype.itemsize > 2:
+        run(dtype, torch.bfloat16)
 print(digest.hexdigest())
 """
 
@@ -95,10 +111,11 @@ def test_rounding_is_torchs(dtype):
         assert torch.equal(result, (values.float() * torch.tensor(weight, dtype=torch.float32)).to(dtype))
 
 
-def arguments(dtype=torch.float32, n=2):
+def arguments(dtype=torch.float32, n=2, quantized=False):
     generator = torch.Generator().manual_seed(0)
     lists = [[torch.rand(3 + i, generator=generator).to(dtype) for i in range(n)] for _ in range(6)]
     params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain = lists
+    forget, scales = map(list, zip(*map(quantize, forget), strict=True)) if quantized else (forget, [])
     coefficients = torch.tensor([[0.5, 2.0]], dtype=torch.float64)
     steps, lr = torch.full((n,), 2.0), torch.tensor(0.1, dtype=torch.float64)
     rows = [0] * n
@@ -106,17 +123,18 @@ def arguments(dtype=torch.float32, n=2):
     adamw = (0.9, 0.99, 0.1, 1e-8, True, False, True, flag)
     sgd = (0.9, 0.0, 0.1, False, False, False, flag)
     return {
-        "multi_tensor_dots": (*gradients, 1),
-        "multi_tensor_blend_": (retain, forget, coefficients, rows),
-        "fused_adamw_": (params, *moments, *gradients, coefficients, steps, lr, *adamw),
-        "fused_sgd_": (params, exp_avgs, *gradients, coefficients, lr, *sgd),
+        "multi_tensor_dots": (*gradients, 1, scales),
+        "multi_tensor_blend_": (retain, forget, coefficients, rows, scales),
+        "fused_adamw_": (params, *moments, *gradients, coefficients, steps, lr, *adamw, scales),
+        "fused_sgd_": (params, exp_avgs, *gradients, coefficients, lr, *sgd, scales),
     }
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", arguments())
-def test_opcheck(name, dtype):
-    torch.library.opcheck(getattr(torch.ops.blur_optim, name), arguments(dtype)[name])
+def test_opcheck(name, dtype, quantized):
+    torch.library.opcheck(getattr(torch.ops.blur_optim, name), arguments(dtype, quantized=quantized)[name])
 
 
 @pytest.mark.parametrize("name", arguments())
@@ -132,9 +150,9 @@ def test_compiles_without_a_graph_break():
     ops = torch.ops.blur_optim
 
     def project(forget, retain):
-        dots = ops.multi_tensor_dots(forget, retain, [0, 0], 1)
+        dots = ops.multi_tensor_dots(forget, retain, [0, 0], 1, [])
         xi = 1.0 - dots[:, 0] / dots[:, 1]
-        ops.multi_tensor_blend_(retain, forget, torch.stack([xi, torch.ones_like(xi)], dim=1), [0, 0])
+        ops.multi_tensor_blend_(retain, forget, torch.stack([xi, torch.ones_like(xi)], dim=1), [0, 0], [])
         return retain[0] * 2
 
     retain, forget, *_ = arguments()[BLEND]
@@ -147,6 +165,27 @@ DOTS, BLEND, ADAMW, SGD = arguments()
 BAD = [
     ("lengths", DOTS, 1, lambda r: r[:1], r"`forget`, `retain` and `rows` must have one length, got 2, 1 and 2"),
     ("sizes", DOTS, 1, lambda r: [r[0], r[1][:2]], r"`forget\[1\]` must have as many elements as `retain\[1\]`"),
+    (
+        "half of bfloat16",
+        DOTS,
+        0,
+        lambda f: [f[0].half(), f[1]],
+        r"`forget\[0\]` must have the dtype of `retain\[0\]`, or",
+    ),
+    (
+        "no scales",
+        DOTS,
+        0,
+        lambda f: [f[0].char(), f[1]],
+        r"`scales\[0\]` must be .* of 1 elements, one for each block",
+    ),
+    (
+        "alone",
+        BLEND,
+        0,
+        lambda r: [r[0][:0], r[1]],
+        r"`forget\[0\]` must not be compressed where `retain\[0\]` is absent",
+    ),
     ("dtypes", DOTS, 1, lambda r: [r[0].double(), r[1]], r"`forget\[0\]` must have the dtype of `retain\[0\]`"),
     ("integers", DOTS, 0, lambda f: [f[0].int(), f[1]], r"`forget\[0\]` must be float32, bfloat16"),
     ("row", DOTS, 2, lambda rows: [0, 7], r"`rows\[1\]` must be in \[0, 1\), got 7"),
@@ -156,14 +195,14 @@ BAD = [
     ("params", ADAMW, 0, lambda p: [p[0].double(), p[1]], r"`params\[0\]` must have its gradients' dtype"),
     ("steps", ADAMW, 8, lambda steps: steps[:1], r"`steps` must have 2 float32 elements"),
     ("lr", SGD, 6, lambda lr: lr.float(), r"`lr` must have 1 float64 elements"),
-    ("flag", SGD, -1, lambda flag: flag.double(), r"`found_inf` must have 1 float32 elements"),
+    ("flag", SGD, -2, lambda flag: flag.double(), r"`found_inf` must have 1 float32 elements"),
     ("buffers", SGD, 1, lambda b: b[:1], r"`momentum_buffers` must have 2 tensors like `retain`, got 1"),
 ]
 
 
 @pytest.mark.parametrize(("name", "position", "change", "message"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
 def test_wrong_arguments_are_named(name, position, change, message):
-    args = list(arguments()[name])
+    args = list(arguments(quantized="compressed" in message)[name])
     args[position] = change(args[position])
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.blur_optim, name)(*args)
@@ -232,7 +271,7 @@ def test_memory_order_of_other_dense_layouts_is_used_without_a_copy(monkeypatch)
     ],
 )
 def test_is_dense(tensor, dense):
-    assert native.is_dense(tensor) is dense
+    assert is_dense(tensor) is dense
 
 
 def test_more_elements_than_32_bits_count():
