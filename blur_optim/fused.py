@@ -4,7 +4,7 @@ The base keeps its own state, made by its own initialisation: checkpoints move b
 in both directions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,10 +13,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from blur_optim.base import supports_amp_scaling
+from blur_optim.distributed import to_local
 from blur_optim.gradients import Pair, PairedGradients
 from blur_optim.kernels import FusedBackend, select_backend
 from blur_optim.kernels.layout import is_dense
-from blur_optim.projection import Projection
+from blur_optim.projection import Projection, block_scales
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -47,70 +48,86 @@ def fused_step(base: Optimizer, gradients: PairedGradients, projection: Projecti
         return  # As on the plain path: such a base counts its steps on the host, so the host has to know.
     kernels = cast(FusedBackend, select_backend(backend, gradients.device))
     for index, group in enumerate(base.param_groups):
-        pairs = [pair for pair in gradients.pairs if pair.group == index]
-        if pairs:
-            _STEPS[type(base)](base, group, pairs, projection, kernels)
+        batches = (pairs for _, _, pairs in gradients.batches(index))
+        _STEPS[type(base)](base, group, batches, projection, kernels)
 
 
 def _adam_step(
-    base: Optimizer, group: dict[str, Any], pairs: Sequence[Pair], projection: Projection, kernels: FusedBackend
+    base: Optimizer, group: dict[str, Any], batches: Iterable[list[Pair]], projection: Projection, kernels: FusedBackend
 ) -> None:
     params: list[Tensor] = []
     lists: list[list[Tensor]] = [[] for _ in range(5)]
     cast(Any, base)._init_group(group, params, *lists)
-    _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = lists
     # Steps on the device advance there, unless the step is skipped; fused_step has answered that for those on the host.
     advance = 1 - projection.found_inf if supports_amp_scaling(base) else torch.ones(())
-    torch._foreach_add_(state_steps, [advance] * len(state_steps))
+    torch._foreach_add_(lists[4], [advance] * len(params))
     beta1, beta2 = group["betas"]
-    kernels.fused_adamw_(
-        params,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        *_gradient_arguments(pairs, projection),
-        torch.stack(state_steps).to(params[0].device, torch.float32, non_blocking=True),
-        _lr(group, params[0].device),
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=group["amsgrad"],
-        maximize=group["maximize"],
-        decoupled=group.get("decoupled_weight_decay", isinstance(base, AdamW)),
-        found_inf=projection.found_inf,
-    )
-
-
-def _sgd_step(
-    base: Optimizer, group: dict[str, Any], pairs: Sequence[Pair], projection: Projection, kernels: FusedBackend
-) -> None:
-    has_momentum = group["momentum"] != 0
-    new = [has_momentum and base.state[pair.param].get("momentum_buffer") is None for pair in pairs]
-    if any(new) and projection.found_inf.item():
-        return  # A buffer that a skipped step has made would be damped in the next.
-    for first_step in set(new):
-        mine = [pair for pair, is_new in zip(pairs, new, strict=True) if is_new == first_step]
-        if first_step:
-            for pair in mine:
-                buffer = torch.empty_like(pair.param, memory_format=torch.preserve_format)
-                base.state[pair.param]["momentum_buffer"] = buffer
-        kernels.fused_sgd_(
-            [pair.param for pair in mine],
-            [base.state[pair.param]["momentum_buffer"] for pair in mine] if has_momentum else [],
-            *_gradient_arguments(mine, projection),
-            _lr(group, mine[0].device),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
+    for pairs in batches:
+        _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = _of_pairs(pairs, params, lists)
+        device = pairs[0].device
+        kernels.fused_adamw_(
+            _locals(pair.param for pair in pairs),
+            _locals(exp_avgs),
+            _locals(exp_avg_sqs),
+            _locals(max_exp_avg_sqs),
+            *_gradient_arguments(pairs, projection),
+            torch.stack(state_steps).to(device, torch.float32, non_blocking=True),
+            _lr(group, device),
+            beta1=beta1,
+            beta2=beta2,
             weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
             maximize=group["maximize"],
-            first_step=first_step,
+            decoupled=group.get("decoupled_weight_decay", isinstance(base, AdamW)),
             found_inf=projection.found_inf,
+            scales=block_scales(pairs),
         )
 
 
+def _sgd_step(
+    base: Optimizer, group: dict[str, Any], batches: Iterable[list[Pair]], projection: Projection, kernels: FusedBackend
+) -> None:
+    has_momentum = group["momentum"] != 0
+    for pairs in batches:
+        new = [has_momentum and base.state[pair.param].get("momentum_buffer") is None for pair in pairs]
+        if any(new) and projection.found_inf.item():
+            return  # A buffer that a skipped step has made would be damped in the next.
+        for first_step in set(new):
+            mine = [pair for pair, is_new in zip(pairs, new, strict=True) if is_new == first_step]
+            if first_step:
+                for pair in mine:
+                    buffer = torch.empty_like(pair.param, memory_format=torch.preserve_format)
+                    base.state[pair.param]["momentum_buffer"] = buffer
+            kernels.fused_sgd_(
+                _locals(pair.param for pair in mine),
+                _locals(base.state[pair.param]["momentum_buffer"] for pair in mine) if has_momentum else [],
+                *_gradient_arguments(mine, projection),
+                _lr(group, mine[0].device),
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                first_step=first_step,
+                found_inf=projection.found_inf,
+                scales=block_scales(mine),
+            )
+
+
 _STEPS: dict[type[Optimizer], Callable[..., None]] = {AdamW: _adam_step, Adam: _adam_step, SGD: _sgd_step}
+
+
+def _of_pairs(pairs: list[Pair], params: list[Tensor], lists: list[list[Tensor]]) -> list[list[Tensor]]:
+    """What the lists, which follow ``params``, hold for these pairs; both are in the order of the group."""
+    if len(pairs) == len(params):
+        return lists
+    index = {id(p): i for i, p in enumerate(params)}
+    return [[values[index[id(pair.param)]] for pair in pairs] if values else [] for values in lists]
+
+
+def _locals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [to_local(t) for t in tensors]
 
 
 def _gradient_arguments(
@@ -143,19 +160,26 @@ def _group_needs_base(group: dict[str, Any]) -> bool:
     )
 
 
-def _fits(pair: Pair, state: dict[str, Any]) -> bool:
+def _fits(pair: Pair, state: Mapping[str, Any]) -> bool:
     """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
-    p = pair.param
+    p = to_local(pair.param)
     dtype = p.dtype
-    others = [grad for grad in (pair.forget, pair.retain) if grad.numel()]
-    if dtype not in _FLOATS or any(
-        grad.dtype != dtype and (dtype != torch.float32 or grad.dtype.itemsize != 2) for grad in others
+    forget, retain = pair.forget, pair.retain
+    if dtype not in _FLOATS or (
+        retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in (torch.bfloat16, torch.float16))
     ):
         return False
-    moments = [state[key] for key in _MOMENTS if isinstance(state.get(key), Tensor)]
-    if any(moment.dtype != dtype for moment in moments):
+    contiguous = p.is_contiguous()
+    if not contiguous and not is_dense(p):
         return False
-    others += moments
-    if p.is_contiguous() and all(t.is_contiguous() for t in others):
-        return True
-    return is_dense(p) and all(t.stride() == p.stride() for t in others)
+    others = [retain] if retain.numel() else []
+    if forget.numel():
+        others.append(forget)
+    for name in _MOMENTS:
+        moment = state.get(name)
+        if moment is not None:
+            moment = to_local(moment)
+            if moment.dtype != dtype:
+                return False
+            others.append(moment)
+    return all((contiguous and t.is_contiguous()) or t.stride() == p.stride() for t in others)

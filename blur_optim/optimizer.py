@@ -10,12 +10,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
 from blur_optim.base import check_base, make_base, step_base, supports_amp_scaling
+from blur_optim.distributed import Ranks
 from blur_optim.fused import fused_step, why_not_fused
-from blur_optim.gradients import PairedGradients, check_gradients, pair_gradients
+from blur_optim.gradients import PairedGradients, Rows, check_gradients, pair_gradients
 from blur_optim.kernels import select_backend
 from blur_optim.phases import Phase, Phases
 from blur_optim.projection import Projection, Projector, blend_, project
-from blur_optim.rules import RULES, Rule, UserRule, on_unit_gradients, per_row
+from blur_optim.recompute import recompute
+from blur_optim.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
 from blur_optim.stash import STASHES
 from blur_optim.statistics import StepStatistics
 
@@ -49,7 +51,8 @@ class BLUR(Optimizer):
         normalize: apply the rule to :math:`g_f/\|g_f\|` and :math:`g_r/\|g_r\|`.
         scope: over what the dots are summed: ``"global"`` (the paper), ``"group"`` or ``"parameter"``.
         max_grad_norm: clip :math:`\|u\|` to this, as ``clip_grad_norm_`` would, without its pass. None: no clipping.
-        stash: where the forget gradients wait: ``"reference"``.
+        stash: where the forget gradients wait: ``"reference"`` as they are, ``"bfloat16"`` or ``"int8"`` compressed,
+            ``"cpu"`` in host memory, ``"recompute"`` by evaluating the retain closure twice; see docs/memory.md.
         backend: kernels to use, see :mod:`blur_optim.kernels.select`; None takes the default.
         **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ...
 
@@ -60,6 +63,7 @@ class BLUR(Optimizer):
 
     _last: Projection | None
     _found_inf: Tensor | None
+    _witness: tuple[Tensor, Tensor | None] | None
     _zeros: list[tuple[Tensor, int]]
 
     def __init__(
@@ -134,13 +138,18 @@ class BLUR(Optimizer):
         with self._abandoning_on_error():
             self._phases.check_closures(self._has_gradients())
             self._check_no_scaler()
-        with self.forget():
-            forget_loss = self._evaluate(forget, "forget")
+        with self._forget_phase():
+            forget_loss = self._evaluate(forget, "forget", self._has_gradients)
         with self._abandoning_on_error():
             self._phases.begin_retain(self._has_gradients())
-            retain_loss = self._evaluate(retain, "retain")
-            self._phases.end_retain()
-            self._project_and_step()
+            if self.stash == "recompute":
+                retain_loss, gradients, projection = self._recompute(retain)
+            else:
+                retain_loss = self._evaluate(retain, "retain", self._has_gradients)
+                self._phases.end_retain()
+                gradients, projection = self._project(None)
+            self._update(gradients, projection)
+            del gradients
         self._discard()
         return forget_loss, retain_loss
 
@@ -149,9 +158,19 @@ class BLUR(Optimizer):
         """Open the forget phase: every backward pass of the forget loss belongs in this context.
 
         Raises:
-            RuntimeError: another phase is open, a forget phase waits for its retain phase, or ``p.grad`` still holds
-                the last update.
+            RuntimeError: another phase is open, a forget phase waits for its retain phase, ``p.grad`` still holds
+                the last update, or ``stash="recompute"``, which needs closures.
         """
+        if self.stash == "recompute":
+            raise RuntimeError(
+                "`stash` must not be 'recompute' with phases, which cannot be run a second time. Use "
+                "opt.step(forget, retain), or stash='int8'."
+            )
+        with self._forget_phase():
+            yield
+
+    @contextmanager
+    def _forget_phase(self) -> Iterator[None]:
         self._drop_zeros()
         with self._abandoning_on_error():
             self._phases.begin_forget(self._has_gradients())
@@ -179,8 +198,8 @@ class BLUR(Optimizer):
             yield
             self._phases.end_retain()
             with torch.no_grad():
-                gradients, projection, settings = self._project(grad_scale)
-                blend_(gradients, projection, settings)
+                gradients, projection = self._project(grad_scale)
+                blend_(gradients, projection.coefficients, self.backend)
 
     @property
     def statistics(self) -> StepStatistics | None:
@@ -253,7 +272,7 @@ class BLUR(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A step that a learning-rate scheduler wrapped is a closure over this object; torch drops it too.
-        per_step = ("_phases", "_stash", "_found_inf", "_scale_needed", "_zeros", "_last", "step")
+        per_step = ("_phases", "_stash", "_found_inf", "_scale_needed", "_zeros", "_last", "_witness", "step")
         return {name: value for name, value in self.__dict__.items() if name not in per_step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -276,10 +295,10 @@ class BLUR(Optimizer):
 
     # -- Inside a step -----------------------------------------------------------------------------------------------
 
-    def _evaluate(self, closure: Closure, name: str) -> Any:
+    def _evaluate(self, closure: Closure, name: str, has_gradients: Callable[[], bool]) -> Any:
         with torch.enable_grad():
             loss = closure()
-            missing = loss is not None and not self._has_gradients()
+            missing = loss is not None and not has_gradients()
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
                 missing = False
@@ -291,29 +310,57 @@ class BLUR(Optimizer):
             "where there is nothing to compute in this step."
         )
 
-    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> tuple[PairedGradients, Projection, Projector]:
+    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> tuple[PairedGradients, Projection]:
         """Take the coefficients from the gradients of both phases; what is left is to apply them."""
         check_gradients(self.param_groups)
-        gradients = pair_gradients(self.param_groups, self._stash, self.scope == "parameter")
+        ranks = Ranks(self._params())
+        # Every rank needs the same rows, also where a parameter has no gradient on this one.
+        rows = Rows.of(
+            self.param_groups,
+            lambda p: ranks.is_many or p.grad is not None or self._stash.get(p) is not None,
+            self.scope == "parameter",
+        )
+        gradients = pair_gradients(rows, self._stash, ranks)
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
-        rule = _make_rule(self.rule, self.normalize)
-        settings = Projector(self.backend, rule, self.scope == "global", self.max_grad_norm)
-        projection = project(gradients, settings, grad_scale)
-        self._last, self._found_inf = projection, projection.found_inf
-        self._skipped = self._found_inf.long() + self._skipped.to(self._found_inf.device)
+        projection = project(gradients, self._settings(), grad_scale)
+        self._record(gradients, projection)
         depends_on_size = self.normalize or self.rule == "normalized" or callable(self.rule)
         self._scale_needed = grad_scale is None and (depends_on_size or self.max_grad_norm is not None)
-        return gradients, projection, settings
+        return gradients, projection
 
-    def _project_and_step(self) -> None:
-        gradients, projection, settings = self._project(None)
+    def _recompute(self, retain: Closure) -> tuple[Any, PairedGradients, Projection]:
+        loss, gradients, projection, applied = recompute(
+            lambda has_gradients: self._evaluate(retain, "retain", has_gradients),
+            self.param_groups,
+            self._stash,
+            self._settings(),
+            not self.normalize and self.rule in RETAIN_NORM_FREE,
+            self.scope == "parameter",
+            Ranks(self._params()),
+        )
+        self._phases.end_retain()
+        self._record(gradients, projection)
+        return loss, gradients, applied
+
+    def _settings(self) -> Projector:
+        rule = _make_rule(self.rule, self.normalize)
+        return Projector(self.backend, rule, self.scope == "global", self.max_grad_norm)
+
+    def _record(self, gradients: PairedGradients, projection: Projection) -> None:
+        self._last, self._found_inf = projection, projection.found_inf
+        self._skipped = self._found_inf.long() + self._skipped.to(self._found_inf.device)
+        # The smallest, for it is kept alive.
+        smallest = min((pair.param for pair in gradients.pairs), key=lambda p: p.numel(), default=None)
+        self._witness = None if smallest is None else (smallest, smallest.grad)
+
+    def _update(self, gradients: PairedGradients, projection: Projection) -> None:
         if not why_not_fused(self.base, gradients, self.backend):
             fused_step(self.base, gradients, projection, self.backend)
             return
-        blend_(gradients, projection, settings)
-        del gradients  # The forget gradients: the base's step must not find them in memory.
+        blend_(gradients, projection.coefficients, self.backend)
+        gradients.pairs.clear()  # The forget gradients: the base's step must not find them in memory.
         self._base_step()
 
     def _base_step(self) -> None:
@@ -321,8 +368,9 @@ class BLUR(Optimizer):
         amp: dict[str, Tensor | None] = {
             name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
         }
-        found_inf, self._found_inf = self._found_inf, None
-        step_base(self.base, found_inf, amp)
+        # What was found in the update holds for as long as p.grad is that update, so also for a second step on it.
+        is_update = self._witness is not None and self._witness[0].grad is self._witness[1]
+        step_base(self.base, self._found_inf if is_update else None, amp)
 
     # -- Bookkeeping -------------------------------------------------------------------------------------------------
 
@@ -363,7 +411,7 @@ class BLUR(Optimizer):
     def _end_step(self) -> None:
         self._stash.clear()
         self._phases.current = Phase.IDLE
-        self._found_inf = None
+        self._found_inf = self._witness = None
         self._scale_needed = False
         self._zeros = []
 

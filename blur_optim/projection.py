@@ -1,13 +1,13 @@
 """From two sets of gradients to one: dots, coefficients, blend. The numbers of BLUR, without its bookkeeping."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from blur_optim.gradients import Pair, PairedGradients
-from blur_optim.kernels import Backend, select_backend
+from blur_optim.gradients import Pair, PairedGradients, Rows
+from blur_optim.kernels import select_backend
 from blur_optim.rules import Dots, Rule, update_norm_sq
 
 
@@ -57,52 +57,75 @@ def project(gradients: PairedGradients, settings: Projector, grad_scale: Tensor 
         grad_scale: factor that both losses were multiplied with. The update carries it too; dots, norms, clipping and
             the coefficients are those without it.
 
-    No host synchronisation.
+    No host synchronisation. One all-reduce where parameters are sharded.
     """
-    table = torch.zeros(len(gradients.gammas), 3, dtype=torch.float64, device=gradients.device)
-    for device, pairs in gradients.by_device().items():
-        backend = select_backend(settings.backend, device)
-        table += _dots(pairs, len(table), backend).to(table.device, non_blocking=True)
-    gamma, alpha = (_filled(values, table.device) for values in (gradients.gammas, gradients.alphas))
-    return _solve(table, gamma, alpha, settings, grad_scale)
+    table = gradients.ranks.sum_(take_dots(gradients, settings.backend))
+    return solve(table, gradients.rows, settings, grad_scale)
 
 
-def blend_(gradients: PairedGradients, projection: Projection, settings: Projector) -> None:
-    """Replace ``retain`` of every pair by the update (``forget``, where retain is absent), in one pass."""
-    for device, pairs in gradients.by_device().items():
-        select_backend(settings.backend, device).multi_tensor_blend_(
+def take_dots(gradients: PairedGradients, backend: str | None) -> Tensor:
+    """``[rows, 3]`` float64: <g_r, g_f>, |g_f|^2, |g_r|^2 of each row, this rank's part."""
+    rows = len(gradients.rows.gammas)
+    table = torch.zeros(rows, 3, dtype=torch.float64, device=gradients.device)
+    for device, weight, pairs in gradients.batches():
+        dots = select_backend(backend, device).multi_tensor_dots(
+            [pair.forget for pair in pairs],
+            [pair.retain for pair in pairs],
+            [pair.row for pair in pairs],
+            rows,
+            block_scales(pairs),
+        )
+        table += dots.to(table.device, non_blocking=True).mul_(weight)
+    return table
+
+
+def blend_(gradients: PairedGradients, coefficients: Tensor, backend: str | None) -> None:
+    """Replace ``retain`` of every pair by the update (``forget``, where retain is absent), in one pass.
+
+    Args:
+        coefficients: ``[rows, 2]``.
+    """
+    for device, _, pairs in gradients.batches():
+        select_backend(backend, device).multi_tensor_blend_(
             [pair.retain for pair in pairs],
             [pair.forget for pair in pairs],
-            projection.coefficients.to(device, non_blocking=True),
+            coefficients.to(device, non_blocking=True),
             [pair.row for pair in pairs],
+            block_scales(pairs),
         )
 
 
-def _dots(pairs: Sequence[Pair], rows: int, backend: Backend) -> Tensor:
-    return backend.multi_tensor_dots(
-        [pair.forget for pair in pairs], [pair.retain for pair in pairs], [pair.row for pair in pairs], rows
-    )
+def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
+    """The kernels' ``scales``: empty where nothing is int8."""
+    if all(pair.scales is None for pair in pairs):
+        return []
+    return [pair.retain if pair.scales is None else pair.scales for pair in pairs]
 
 
-def _solve(
-    table: Tensor, gamma: Tensor, alpha: Tensor, settings: Projector, grad_scale: Tensor | float | None
-) -> Projection:
+def solve(table: Tensor, rows: Rows, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
     """The scalar part: from the ``[rows, 3]`` dots to the coefficients."""
+    gamma, alpha = (_filled(values, table.device) for values in (rows.gammas, rows.alphas))
     found_inf = (~table.isfinite().all()).float()
     if grad_scale is not None:
         table = table / grad_scale / grad_scale
     own = Dots(*table.unbind(1))
     shared = Dots(*table.sum(0).expand_as(table).unbind(1)) if settings.sum_rows else own
     a, b = settings.rule(shared, gamma, alpha)
-    norm = update_norm_sq(own, a, b).sum().sqrt()
-    if settings.max_grad_norm is not None:
-        # The formula of torch.nn.utils.clip_grad_norm_, its 1e-6 included.
-        clip = (settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        a, b, norm = a * clip, b * clip, norm * clip
     # What is not finite must show in the update too: a GradScaler lowers its scale only if it finds it there, and dots
     # overflow before gradients do.
     a, b = (torch.where(found_inf > 0, torch.nan, x) for x in (a, b))
-    return Projection(own, a, b, norm, found_inf)
+    return clipped(Projection(own, a, b, a.new_zeros(()), found_inf), settings.max_grad_norm)
+
+
+def clipped(projection: Projection, max_grad_norm: float | None) -> Projection:
+    """Compute the norm of the update from the dots, and scale the coefficients where it is larger than allowed."""
+    a, b = projection.a, projection.b
+    norm = update_norm_sq(projection.dots, a, b).sum().sqrt()
+    if max_grad_norm is None:
+        return replace(projection, update_norm=norm)
+    # The formula of torch.nn.utils.clip_grad_norm_, its 1e-6 included.
+    clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return replace(projection, a=a * clip, b=b * clip, update_norm=norm * clip)
 
 
 def _filled(values: list[float], device: torch.device) -> Tensor:

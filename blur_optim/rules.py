@@ -80,6 +80,10 @@ RULES: dict[str, Rule] = {
 }
 
 
+#: Those that never look at the norm of the retain gradient.
+RETAIN_NORM_FREE = frozenset({"blur", "conflict", "barrier", "weighted_sum"})
+
+
 def on_unit_gradients(rule: Rule) -> Rule:
     r"""Wrap ``rule`` so that it combines :math:`g_f/\|g_f\|` and :math:`g_r/\|g_r\|`.
 

@@ -17,8 +17,8 @@ from blur_optim.kernels.plan import buckets
 # Short enough that torch never splits one chunk's sum over threads (its grain is 32768 elements).
 CHUNK_SIZE = 4096
 # Elements handled at a time. On the CPU the three float32 products of a slab stay in the L2 cache; elsewhere a slab
-# only bounds the workspace, and few launches matter more. A multiple of CHUNK_SIZE, or the chunks would depend on it, and
-# so of BLOCK_SIZE.
+# only bounds the workspace, and few launches matter more. A multiple of CHUNK_SIZE, or the chunks would depend on it,
+# and so of BLOCK_SIZE.
 CPU_SLAB_SIZE = 1 << 16
 DEVICE_SLAB_SIZE = 1 << 24
 
