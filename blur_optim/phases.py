@@ -34,7 +34,7 @@ class Phases:
                 "on purpose, call opt.zero_grad().",
             )
         if has_gradients and self.current is Phase.PROJECTED:
-            self._refuse("opt.forget()", "Call opt.step() and opt.zero_grad() first.")
+            self._refuse("opt.forget()", "opt.step() and opt.zero_grad() belong between two steps.")
         if has_gradients:
             self._refuse("opt.forget()", _UNKNOWN_GRADIENTS)
         self.current = Phase.FORGET
@@ -83,5 +83,6 @@ class Phases:
 
     def _refuse(self, call: str, remedy: str) -> NoReturn:
         raise RuntimeError(
-            f"{call} cannot run now: {self.current.value}. {remedy} (This step's gradients are discarded.)"
+            f"{call} cannot run now: {self.current.value}. {remedy} (The gradients of this step have been discarded, so "
+            "the next one can begin.)"
         )

@@ -178,7 +178,7 @@ STEP = r"opt\.step\(\) cannot run now: the (forget|retain) phase is open\. Step 
 EITHER = r"opt\.step\(forget, retain\) cannot run now: .*\. Use either closures or phases for a step"
 BACKWARD = r"`(forget|retain)` must call backward, or return a differentiable loss, got .* and no gradient"
 ABANDONED = r"abandoned inside its own phase, because of an error that was caught there"
-STEP_FIRST = r"p\.grad holds the update\. Call opt\.step\(\) and opt\.zero_grad\(\) first"
+STEP_FIRST = r"p\.grad holds the update\. opt\.step\(\) and opt\.zero_grad\(\) belong between two steps"
 TWO_CLOSURES = r"must be given two closures, step\(forget, retain\), .* got one\. .* split the closure in two"
 
 WRONG_CALLS = [
