@@ -5,7 +5,9 @@ python benchmarks/kernel_bench.py --device cpu --threads 1 --csv kernels.csv --p
 
 import argparse
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
+from typing import cast
 
 import torch
 from baselines import original_combine, original_dots, original_update, plain_blend_, plain_dots, torch_dots
@@ -14,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from blur_optim.kernels import BACKENDS, Backend, FusedBackend, reference, select_backend
+from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GAMMA = 1.0
@@ -21,9 +24,11 @@ HYPERPARAMETERS = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e
 
 
 class Problem:
-    """float32 parameters with AdamW state, and two gradient sets of ``dtype``."""
+    """float32 parameters with AdamW state, and two gradient sets of ``dtype``, one compressed as ``stash`` says."""
 
-    def __init__(self, tensors: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, tensors: int, elements: int, dtype: torch.dtype, device: torch.device, stash: str | None = None
+    ) -> None:
         def fresh() -> list[Tensor]:
             return [torch.randn(elements, device=device) for _ in range(tensors)]
 
@@ -32,6 +37,11 @@ class Problem:
         self.forget = [t.to(dtype) for t in fresh()]
         self.retain = [t.to(dtype) for t in fresh()]
         self.rows = [0] * tensors
+        self.scales: list[Tensor] = []
+        if stash == "int8":
+            self.forget, self.scales = map(list, zip(*map(quantize, self.forget), strict=True))
+        elif stash:
+            self.forget = [t.to(getattr(torch, stash)) for t in self.forget]
         self.adamw = torch.optim.AdamW(self.params, lr=1e-5, fused=True)
         self.set_grads([torch.randn_like(p) for p in self.params])
         self.adamw.step()
@@ -40,8 +50,20 @@ class Problem:
         self.coefficients = torch.tensor([[0.3, 1.0]], dtype=torch.float64, device=device)
 
     @property
+    def pair_bytes(self) -> int:
+        """One pass over both gradients."""
+        return sum(t.nbytes for tensors in (self.forget, self.retain, self.scales) for t in tensors)
+
+    @property
     def grad_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def first_forget(self, n: int | None = None) -> Tensor:
+        """The beginning of the first forget gradient, in float64."""
+        values = self.forget[0][:n]
+        if not self.scales:
+            return values.double()
+        return dequantize(values, self.scales[0][: -(-len(values) // BLOCK_SIZE)], torch.float64)
 
     @property
     def state_bytes(self) -> int:
@@ -56,10 +78,10 @@ class Problem:
         return [self.adamw.state[p][name] for p in self.params]
 
     def dots(self, kernels: Backend) -> Tensor:
-        return kernels.multi_tensor_dots(self.forget, self.retain, self.rows, 1)
+        return kernels.multi_tensor_dots(self.forget, self.retain, self.rows, 1, self.scales)
 
     def blend_(self, kernels: Backend) -> None:
-        kernels.multi_tensor_blend_(self.retain, self.forget, self.coefficients, self.rows)
+        kernels.multi_tensor_blend_(self.retain, self.forget, self.coefficients, self.rows, self.scales)
 
     def fused_(self, kernels: Backend, coefficients: Tensor | None = None) -> None:
         kernels.fused_adamw_(
@@ -77,6 +99,7 @@ class Problem:
             maximize=False,
             decoupled=True,
             found_inf=None,
+            scales=self.scales,
             **HYPERPARAMETERS,
         )
 
@@ -87,7 +110,7 @@ class Problem:
         if hasattr(kernels, "fused_adamw_"):
             self.fused_(kernels, coefficients)
         else:
-            kernels.multi_tensor_blend_(self.retain, self.forget, coefficients, self.rows)
+            kernels.multi_tensor_blend_(self.retain, self.forget, coefficients, self.rows, self.scales)
             self.set_grads(self.retain)
             self.adamw.step()
 
@@ -97,7 +120,7 @@ class Problem:
 
 
 def dot_error(problem: Problem, run: Callable[[], Tensor]) -> float:
-    expected = reference.multi_tensor_dots(problem.forget, problem.retain, problem.rows, 1)[0]
+    expected = problem.dots(cast(Backend, reference))[0]
     actual = run().to(expected)[0, : len(expected)]
     scale = torch.stack([(expected[1] * expected[2]).sqrt(), expected[1], expected[2]])
     return float(((actual - expected).abs() / scale).max())
@@ -108,7 +131,7 @@ def blend_error(problem: Problem, run: Callable[[], None]) -> float:
     a, b = problem.coefficients[0]
     kept = [r.clone() for r in problem.retain]
     run()
-    terms = a * problem.forget[0].double(), b * kept[0].double()
+    terms = a * problem.first_forget(), b * kept[0].double()
     error = ((problem.retain[0].double() - sum(terms)).abs() / (terms[0].abs() + terms[1].abs())).max()
     for r, k in zip(problem.retain, kept, strict=True):
         r.copy_(k)
@@ -127,32 +150,37 @@ def adamw_error(problem: Problem, kernels: FusedBackend) -> float:
     optimizer = torch.optim.AdamW([exact], lr=float(problem.lr), weight_decay=HYPERPARAMETERS["weight_decay"])
     step = torch.tensor(float(problem.steps[0]) - 1)
     optimizer.state[exact] = {"step": step, "exp_avg": m.double(), "exp_avg_sq": v.double()}
-    exact.grad = a * f.double() + b * r.double()
+    exact.grad = a * problem.first_forget(n) + b * r.double()
     optimizer.step()
     before = p.double()
     lists = [[t] for t in (p, m, v)]
     steps, options = problem.steps[:1], {**HYPERPARAMETERS, "amsgrad": False, "maximize": False, "decoupled": True}
-    kernels.fused_adamw_(*lists, [], [f], [r], [0], problem.coefficients, steps, problem.lr, **options, found_inf=None)
+    scales = [problem.scales[0][: -(-n // BLOCK_SIZE)]] if problem.scales else []
+    gradients = [f], [r], [0], problem.coefficients
+    kernels.fused_adamw_(*lists, [], *gradients, steps, problem.lr, **options, found_inf=None, scales=scales)
     return float((p.double() - exact.detach()).abs().max() / (exact.detach() - before).abs().max())
 
 
 def operations(problem: Problem, names: Sequence[str], compiled: bool) -> dict[str, list[Candidate]]:
     """Every candidate, checked against the reference; those that are wrong raise here, before anything is timed."""
-    g, s = problem.grad_bytes, problem.state_bytes
+    g, s, pair = problem.grad_bytes, problem.state_bytes, problem.pair_bytes
+    plain = problem.forget[0].dtype == problem.dtype
     backends = {name: select_backend(name, problem.device) for name in names}
-    dots = [Candidate(name, lambda k=k: problem.dots(k), 2 * g) for name, k in backends.items()]
-    dots.append(Candidate("torch.dot x 3", lambda: torch_dots(problem.forget, problem.retain), 2 * g))
-    if compiled:
+    dots = [Candidate(name, lambda k=k: problem.dots(k), pair) for name, k in backends.items()]
+    if plain:
+        dots.append(Candidate("torch.dot x 3", lambda: torch_dots(problem.forget, problem.retain), 2 * g))
+    if plain and compiled:
         run = torch.compile(plain_dots)
         dots.append(Candidate("torch.compile", lambda: run(problem.forget, problem.retain), 2 * g))
     for candidate in dots:
         candidate.error = dot_error(problem, candidate.run)
         if candidate.name in backends and candidate.error > 1e-6:
             raise AssertionError(f"dots of {candidate.name} are wrong: error {candidate.error}")
-    dots.append(Candidate("original code", lambda: original_dots(problem.forget, problem.retain), 2 * g))
+    if plain:
+        dots.append(Candidate("original code", lambda: original_dots(problem.forget, problem.retain), 2 * g))
 
-    blend = [Candidate(name, lambda k=k: problem.blend_(k), 3 * g) for name, k in backends.items()]
-    if compiled:
+    blend = [Candidate(name, lambda k=k: problem.blend_(k), pair + g) for name, k in backends.items()]
+    if plain and compiled:
         run_blend = torch.compile(plain_blend_)
         blend.append(
             Candidate("torch.compile", lambda: run_blend(problem.retain, problem.forget, problem.coefficients), 3 * g)
@@ -161,17 +189,19 @@ def operations(problem: Problem, names: Sequence[str], compiled: bool) -> dict[s
         candidate.error = blend_error(problem, candidate.run)
         if candidate.error > 2 * torch.finfo(problem.dtype).eps:
             raise AssertionError(f"blend of {candidate.name} is wrong: error {candidate.error}")
-    blend.append(Candidate("original code", lambda: original_combine(problem.forget, problem.retain, 0.3), 3 * g))
+    if plain:
+        blend.append(Candidate("original code", lambda: original_combine(problem.forget, problem.retain, 0.3), 3 * g))
 
     fused = {name: k for name, k in backends.items() if hasattr(k, "fused_adamw_")}
-    adamw = [Candidate(name, lambda k=k: problem.fused_(k), 2 * g + 2 * s) for name, k in fused.items()]
+    adamw = [Candidate(name, lambda k=k: problem.fused_(k), pair + 2 * s) for name, k in fused.items()]
     for candidate in adamw:
         candidate.error = adamw_error(problem, fused[candidate.name])
         # Beside float32 parameters of size 4 a step of 1e-5 is rounded to a few hundredths of itself.
         if candidate.error > 5e-2:
             raise AssertionError(f"AdamW of {candidate.name} is wrong: error {candidate.error}")
-    whole = [Candidate(name, lambda k=k: problem.whole_(k), 4 * g + 2 * s) for name, k in backends.items()]
-    whole.append(Candidate("original code", problem.original_))
+    whole = [Candidate(name, lambda k=k: problem.whole_(k), 2 * pair + 2 * s) for name, k in backends.items()]
+    if plain:
+        whole.append(Candidate("original code", problem.original_))
     return {"dots": dots, "blend": blend, "AdamW on two gradients": adamw, "whole update": whole}
 
 
@@ -184,16 +214,19 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
     results: list[Result] = []
     for size in arguments.sizes:
         tensors, elements = (int(part) for part in size.split("x"))
-        for name in arguments.dtype:
-            problem = Problem(tensors, elements, DTYPES[name], device)
+        for name, stash in product(arguments.dtype, arguments.stash):
+            problem = Problem(tensors, elements, DTYPES[name], device, None if stash in ("reference", name) else stash)
+            gradients = f"{name} gradients" if stash == "reference" else f"{name} gradients, forget in {stash}"
             baseline = Candidate("baseline: AdamW(fused=True)", problem.adamw.step, 28 * problem.numel)
             source, target = torch.randn(2, problem.numel // 2, device=device)
             copy = Candidate("copy", lambda s=source, t=target: t.copy_(s), 8 * source.numel())
             for operation, candidates in operations(problem, arguments.backends, arguments.compile).items():
                 if not candidates:
                     continue
-                found = compare(operation, candidates, baseline, copy, clock, arguments.rounds, dtype=name, size=size)
-                show(f"{operation}, {name} gradients, {size}", found, console)
+                found = compare(
+                    operation, candidates, baseline, copy, clock, arguments.rounds, dtype=gradients, size=size
+                )
+                show(f"{operation}, {gradients}, {size}", found, console)
                 results += found
     return results
 
@@ -216,7 +249,7 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
         ax.invert_yaxis()
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.set_title(f"{group[0]}, {group[1]} gradients, {group[2]}", fontsize=9, loc="left")
+        ax.set_title(f"{group[0]}, {group[1]}, {group[2]}", fontsize=9, loc="left")
     axes[-1, 0].set_xlabel("time relative to one AdamW(fused=True) step", fontsize=9)
     figure.suptitle(title, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -226,6 +259,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="of the gradients")
+    parser.add_argument(
+        "--stash",
+        nargs="+",
+        choices=["reference", "bfloat16", "int8"],
+        default=["reference"],
+        help="in what the forget gradients wait",
+    )
     parser.add_argument("--sizes", nargs="+", default=["16x8388608"], metavar="TENSORSxELEMENTS")
     fast = [name for name in BACKENDS if name != "reference"]
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help=f"default: all of {fast} that work here")

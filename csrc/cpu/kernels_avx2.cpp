@@ -2,6 +2,8 @@
 
 #ifdef BLUR_OPTIM_X86
 // Headers first: they must not be compiled for an instruction set that the processor may lack.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstring>
 

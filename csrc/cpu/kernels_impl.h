@@ -71,7 +71,6 @@ template <class T>
 using Compute = typename ComputeOf<T>::type;
 
 // 16 elements in the compute dtype. Written as vectors because compilers do not find them in the element-wise form.
-typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Words __attribute__((vector_size(32)));
 typedef uint32_t Ints __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(64)));
@@ -95,6 +94,21 @@ inline void load16(Floats& out, const Float16* x) {  // As load(Float16).
   const Ints is_special = (Ints)(magnitude >= 0x0f800000u);
   out = (Floats)((is_special & special) | (~is_special & finite) | sign);
 }
+// Exact, so every instruction set may do it in its own way. GCC finds none of them, and goes through single elements.
+inline Floats load16(const int8_t* x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  const __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  return load_as<Floats>(halves);
+#else
+  Floats out;
+  for (int k = 0; k < 16; ++k) out[k] = x[k];
+  return out;
+#endif
+}
 template <class C>
 struct VectorOf {
   using type = Floats;
@@ -104,12 +118,20 @@ struct VectorOf<double> {
   using type = Doubles;
 };
 
+// 64 running sums per dot, whatever the vector width: 4 registers of AVX-512, 8 of AVX2.
+constexpr int kLanes = 64;
+constexpr int kVecs = kLanes / 16;
+// Additions into one running sum before it is added to the lane's total. A long float32 run over bfloat16 values is biased:
+// they are so coarse that half of the roundings are ties (1e-6 of the norm over 512 additions, 3e-8 over 16).
+constexpr int kRun = 16;
+
 // Where a kernel reads a gradient from: its elements one by one, and 16 at a time.
 template <class T>
 struct Plain {
   using Element = T;
   T* __restrict x;
 
+  Plain from(int64_t i) const { return {x + i}; }
   Compute<T> load(int64_t i) const { return cpu::load(x[i]); }
   template <class V>
   void load16(V& out, int64_t i) const {
@@ -129,11 +151,17 @@ struct Blocks {
   const int8_t* __restrict x;
   const float* __restrict scales;
 
+  static_assert(kRun * kLanes % kBlockSize == 0);
+  Blocks from(int64_t i) const { return {x + i, scales + i / kBlockSize}; }  // i is where a block begins.
   C load(int64_t i) const { return C(x[i]) * C(scales[i / kBlockSize]); }
   template <class V>
   void load16(V& out, int64_t i) const {
     static_assert(kBlockSize % 16 == 0);
-    out = __builtin_convertvector(load_as<Bytes>(x + i), V) * C(scales[i / kBlockSize]);
+    const C scale = C(scales[i / kBlockSize]);
+    if constexpr (std::is_same_v<V, Floats>)
+      out = cpu::load16(x + i) * scale;
+    else
+      out = __builtin_convertvector(cpu::load16(x + i), V) * scale;
   }
   void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
 };
@@ -156,13 +184,6 @@ inline void for_each_stretch(Blocks<C> source, int64_t n, const Body& body) {
   for (int64_t i = 0; i < n; i += kBlockSize)
     body(i, n - i < kBlockSize ? n - i : int64_t(kBlockSize), Block<C>{source.x + i, C(source.scales[i / kBlockSize])});
 }
-
-// 64 running sums per dot, whatever the vector width: 4 registers of AVX-512, 8 of AVX2.
-constexpr int kLanes = 64;
-constexpr int kVecs = kLanes / 16;
-// Additions into one running sum before it is added to the lane's total. A long float32 run over bfloat16 values is biased:
-// they are so coarse that half of the roundings are ties (1e-6 of the norm over 512 additions, 3e-8 over 16).
-constexpr int kRun = 16;
 
 template <class C>
 struct Lanes {
@@ -187,7 +208,7 @@ struct Lanes {
 // Add up to kRun * kLanes elements to the totals. Lanes are independent, so how many of them advance together (kGroup
 // vectors, as the registers allow) does not change a bit.
 template <int kGroup, class F, class R, class C>
-inline void dots_run(F f, R r, int64_t begin, int rounds, Lanes<C> totals[3]) {
+inline void dots_run(const F f, const R r, int rounds, Lanes<C> totals[3]) {
   using Vec = typename VectorOf<C>::type;
   Vec rf[kVecs] = {}, ff[kVecs] = {}, rr[kVecs] = {};
 #pragma GCC unroll 4
@@ -197,14 +218,14 @@ inline void dots_run(F f, R r, int64_t begin, int rounds, Lanes<C> totals[3]) {
         // Passes over every fourth line defeat the hardware's prefetcher: fetch the next run whole, in the first of them.
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
-          f.prefetch(begin + (kRun + i) * kLanes + v * 16);
-          r.prefetch(begin + (kRun + i) * kLanes + v * 16);
+          f.prefetch((kRun + i) * kLanes + v * 16);
+          r.prefetch((kRun + i) * kLanes + v * 16);
         }
 #pragma GCC unroll 4
       for (int v = first; v < first + kGroup; ++v) {
         Vec x, y;
-        f.load16(x, begin + i * kLanes + v * 16);
-        r.load16(y, begin + i * kLanes + v * 16);
+        f.load16(x, i * kLanes + v * 16);
+        r.load16(y, i * kLanes + v * 16);
         rf[v] += x * y;
         ff[v] += x * x;
         rr[v] += y * y;
@@ -223,9 +244,9 @@ void dots(F f, R r, int64_t n, double out[3]) {
   constexpr int kGroup = kConverts ? kGroupVecs16Bit : kGroupVecs;
   Lanes<C> totals[3];
   int64_t i = 0;
-  for (; i + kRun * kLanes <= n; i += kRun * kLanes) dots_run<kGroup>(f, r, i, kRun, totals);
+  for (; i + kRun * kLanes <= n; i += kRun * kLanes) dots_run<kGroup>(f.from(i), r.from(i), kRun, totals);
   const int rounds = int((n - i) / kLanes);
-  if (rounds) dots_run<kGroup>(f, r, i, rounds, totals);
+  if (rounds) dots_run<kGroup>(f.from(i), r.from(i), rounds, totals);
   i += rounds * kLanes;
   for (int j = 0; i < n; ++i, ++j) {
     const C x = C(f.load(i)), y = r.load(i);
