@@ -21,6 +21,7 @@ import argparse
 import copy
 import math
 import sys
+from pathlib import Path
 
 import torch
 from quickstart_lib import figure, table
@@ -28,7 +29,7 @@ from quickstart_lib.console import Progress, make_console, make_progress
 from quickstart_lib.data import load_rows
 from quickstart_lib.digits import RUNS, Outcome, forget_digits, match_at_retain_loss
 from quickstart_lib.encoding import Batch, Example, batches_in_order, encode_rows, endless_batches
-from quickstart_lib.errors import run
+from quickstart_lib.errors import InputError, run
 from quickstart_lib.judging import ask, judge
 from quickstart_lib.learning import Pupil, learn_models
 from quickstart_lib.metrics import mean_probability, thin_out
@@ -49,13 +50,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from blur_optim import BLUR
-from blur_optim.losses import ga_loss, nll_loss, npo_loss, sequence_log_probs, stored_reference_log_probs
+from blur_optim.losses import ReferenceLogProbs, ga_loss, nll_loss, npo_loss, sequence_log_probs
 
 BEFORE, YARDSTICK = "before", "without them"
 ASCENT, WEIGHTED_SUM, PROJECTED, NORMALIZED = "gradient ascent", "weighted sum", "BLUR", "normalized"
 BATCH_SIZE = 8  # of each kind, in one step
 STEPS_BETWEEN_LOOKS = 5
 ROWS_TO_LOOK_AT = 80
+REFERENCE_FILE = "reference.safetensors"  # beside the model that computed it
 
 Optimizers = dict[str, torch.optim.Optimizer]
 Models = dict[str, Model]
@@ -75,13 +77,13 @@ def make_optimizers(models: Models, lr: float, gamma: float) -> Optimizers:
 
 
 def forget_and_retain(
-    model: Model, optimizer: BLUR, forget_batch: Batch, retain_batch: Batch, reference: Tensor
+    model: Model, optimizer: BLUR, forget_batch: Batch, retain_batch: Batch, reference: ReferenceLogProbs
 ) -> None:
     """Take one step: NPO on what is to be forgotten, NLL on what is to be kept."""
 
     def forget() -> Tensor:
         log_probs = sequence_log_probs(logits_of(model, forget_batch), forget_batch["labels"])
-        loss = npo_loss(log_probs, reference[forget_batch["index"]], beta=0.1)
+        loss = npo_loss(log_probs, reference(forget_batch), beta=0.1)
         loss.backward()
         return loss
 
@@ -100,8 +102,24 @@ def ascend(model: Model, optimizer: torch.optim.Optimizer, forget_batch: Batch) 
     optimizer.zero_grad()
 
 
+def look_up_or_compute(before: Model, forget: list[Example], path: Path, progress: Progress) -> ReferenceLogProbs:
+    """Return how probable the answers to forget were before, for NPO: computed in the first run, read in the next."""
+    batches = batches_in_order(forget, 32, before.device)
+    bar = progress.add_task("reference", total=len(batches), note="")
+    try:
+        reference = ReferenceLogProbs.load_or_compute(
+            path, before, batches, progress=lambda batches: progress.track(batches, task_id=bar)
+        )
+    except ValueError as error:  # The file is damaged, or the model learned nothing but NaN.
+        raise InputError(str(error)) from error
+    origin = "computed, and kept in" if reference.computed else "read from"
+    progress.console.print(f"Log-probabilities of the reference: {origin} {path}", soft_wrap=True)
+    return reference
+
+
 def unlearn(
     before: Model,
+    reference: ReferenceLogProbs,
     forget: list[Example],
     retain: list[Example],
     options: argparse.Namespace,
@@ -112,7 +130,6 @@ def unlearn(
     optimizers = make_optimizers(models, options.lr, options.gamma)
     epoch = math.ceil(len(forget) / BATCH_SIZE)
     warm_ups = [LambdaLR(opt, lambda step: min(1.0, (step + 1) / epoch)) for opt in optimizers.values()]
-    reference = stored_reference_log_probs(before, batches_in_order(forget, 32, before.device)).to(before.device)
     forget_batches = endless_batches(forget, BATCH_SIZE, options.seed, before.device)
     retain_batches = endless_batches(retain, BATCH_SIZE, options.seed + 1, before.device)
     traces = {name: Trace() for name in models}
@@ -186,7 +203,8 @@ def main() -> None:
         tokenizer = load_tokenizer(folders["all-authors"])
         before = load_model(folders["all-authors"], options.device)
         forget, retain = encode_rows(tokenizer, split.forget), encode_rows(tokenizer, split.retain)
-        unlearned, traces = unlearn(before, forget, retain, options, progress)
+        reference = look_up_or_compute(before, forget, folders["all-authors"] / REFERENCE_FILE, progress)
+        unlearned, traces = unlearn(before, reference, forget, retain, options, progress)
         yardstick = load_model(folders["without-forgotten"], options.device)
         models = {BEFORE: before, **unlearned, YARDSTICK: yardstick}
         scores = judge(models, tokenizer, split, progress)

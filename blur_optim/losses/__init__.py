@@ -15,6 +15,7 @@ from blur_optim.losses.rmu import (
     rmu_retain_loss,
     steering_vector,
 )
+from blur_optim.losses.stored_log_probs import ReferenceLogProbs
 from blur_optim.losses.text import (
     IDK_ANSWERS,
     IGNORE_INDEX,
@@ -32,6 +33,7 @@ __all__ = [
     "IDK_ANSWERS",
     "IGNORE_INDEX",
     "CapturedActivations",
+    "ReferenceLogProbs",
     "capture_activations",
     "dpo_loss",
     "ga_loss",

@@ -1,8 +1,10 @@
-"""What the losses share: argument checks, and the precision they compute in."""
+"""What the losses share: argument checks, the precision they compute in, and optional imports."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,3 +70,18 @@ def upcast(tensor: Tensor) -> Tensor:
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def import_optional(name: str) -> Any:
+    """Import a module that torch alone does not bring.
+
+    Raises:
+        ImportError: it isn't installed; gives the command.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ImportError(
+            f"`{package}` must be installed to store log-probabilities. `pip install {package}`."
+        ) from error

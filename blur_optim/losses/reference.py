@@ -14,7 +14,7 @@ from blur_optim.losses.text import sequence_log_probs
 
 # What a batch may hold for the model; every other key stays here. Labels too: a Hugging Face model that sees
 # them computes a loss that nobody reads, on a float32 copy of the logits.
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def reference_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -37,7 +37,7 @@ def reference_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         ValueError: the batch lacks ``input_ids``.
     """
     check_keys(batch, "input_ids")
-    inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     with _reference_mode(model):
         logits: Tensor = model(**inputs).logits
     return logits
@@ -73,6 +73,7 @@ def stored_reference_log_probs(
     .. math:: s_i = \log \pi_{ref}(y_i \mid x_i)
 
     In training, ``stored[batch["index"]]`` is the reference of a batch (move it to the device).
+    :class:`ReferenceLogProbs` keeps them in a file instead, and finds them without row numbers.
 
     Args:
         model: the model before its first unlearning step, or any reference, see :func:`reference_logits`.
@@ -117,13 +118,18 @@ def _reference_mode(model: nn.Module) -> Iterator[None]:
                 param.requires_grad_(requires_grad)
 
 
-def _adapter_off(model: nn.Module) -> AbstractContextManager[Any]:
+def adapter_owner(model: nn.Module) -> Any:
+    """Return the PEFT model whose adapter is off for the reference: the model, or the one in a wrapper, or None."""
     for candidate in (model, getattr(model, "module", None)):  # DistributedDataParallel hides the PEFT model
-        disable_adapter = getattr(candidate, "disable_adapter", None)
-        if callable(disable_adapter):
-            context: AbstractContextManager[Any] = disable_adapter()
-            return context
-    return nullcontext()
+        if callable(getattr(candidate, "disable_adapter", None)):
+            return candidate
+    return None
+
+
+def _adapter_off(model: nn.Module) -> AbstractContextManager[Any]:
+    owner = adapter_owner(model)
+    context: AbstractContextManager[Any] = nullcontext() if owner is None else owner.disable_adapter()
+    return context
 
 
 def _batch_rows(batch: Mapping[str, Tensor], position: int, seen: Container[int]) -> list[int]:

@@ -117,7 +117,8 @@ def npo_loss(log_probs: Tensor, reference_log_probs: Tensor, beta: float = 0.1) 
 
     Args:
         log_probs: [B], the model's :func:`sequence_log_probs` on the answers to forget.
-        reference_log_probs: [B], the same of the model before unlearning; gets no gradient.
+        reference_log_probs: [B], the same of the model before unlearning, such as :class:`ReferenceLogProbs`
+            keeps; gets no gradient.
         beta: inverse temperature, > 0; the larger, the sooner a forgotten example is left alone.
     Returns:
         0-d float32, >= 0.

@@ -32,6 +32,9 @@ def test_a_second_run_begins_with_the_unlearning_and_finds_the_same(tmp_path: Pa
     second_stdout, second = run_tiny(out)
     assert "learning all authors" in first_stdout
     assert "learning all authors" not in second_stdout
+    assert "reference: computed, and kept in " in " ".join(first_stdout.split())
+    assert "reference: read from " in " ".join(second_stdout.split())
+    assert [path.name for path in kept if "reference" in path.name] == ["reference.safetensors"]
     assert {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")} == kept
     assert sorted(path.name for path in out.iterdir()) == ["models", "quickstart.json", "quickstart.png"]
     check_numbers(first)

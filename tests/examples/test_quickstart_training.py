@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from quickstart import look_up_or_compute
 from quickstart_lib.console import make_console, make_progress
 from quickstart_lib.encoding import Example
-from quickstart_lib.errors import TrainingError
+from quickstart_lib.errors import InputError, TrainingError
 from quickstart_lib.learning import Pupil, learn_models
 from quickstart_lib.rows import Row
 from quickstart_lib.training import Recipe, cache_key, learn, was_learned
@@ -75,3 +76,17 @@ def test_a_failing_process_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"learning two rows: training failed: .*no model"):
         learn_models({"two": Pupil("learning two rows", ROWS)}, str(start), ROWS, RECIPE, out, progress)
     assert list(out.iterdir()) == []
+
+
+def test_reference_is_computed_once_and_a_damaged_file_is_named(
+    model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, progress = tmp_path / "reference.safetensors", make_progress(make_console())
+    computed = look_up_or_compute(model, EXAMPLES, path, progress)
+    assert "computed, and kept in" in capsys.readouterr().out
+    read = look_up_or_compute(model, EXAMPLES[::-1], path, progress)
+    assert "read from" in capsys.readouterr().out
+    assert (len(read), read.computed, computed.computed) == (3, 0, 3)
+    path.write_bytes(b"half")
+    with pytest.raises(InputError, match=r"reference\.safetensors'.* delete the file to have it computed anew"):
+        look_up_or_compute(model, EXAMPLES, path, progress)

@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -756,5 +757,5 @@ def test_imports_are_torch_and_the_standard_library_only(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in nodes for alias in node.names}
-    allowed = {"__future__", "collections", "contextlib", "torch", "typing", "blur_optim"}
+    allowed = {*sys.stdlib_module_names, "torch", "blur_optim"}
     assert {name.partition(".")[0] for name in names} <= allowed

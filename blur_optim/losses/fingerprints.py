@@ -1,0 +1,123 @@
+"""What tells one example, and one model, from another: hashes of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from blur_optim.losses.checks import check_keys, check_labels, check_shape
+from blur_optim.losses.reference import adapter_owner
+from blur_optim.losses.text import IGNORE_INDEX
+
+KEY_BYTES = 16
+
+_SAMPLES = 256  # words of each tensor, at least, where it has so many
+_WRAPPED = ("base_layer", "original_module")  # what PEFT's layers call the layer that they adapt
+
+
+def example_keys(batch: Mapping[str, Tensor]) -> list[bytes]:
+    r"""Hash what each example's :func:`reference_log_probs` depends on, and nothing else.
+
+    That is, for a causal model, the tokens attended to and the labels, up to the last label other than -100. So
+    an example has one key whatever its row, its batch, the side and width of its padding, the id that pads, the
+    dtype of the ids, and whether there is an ``attention_mask`` at all (without one: if padded on the right). A
+    label in the first column does not count, for nothing predicts it. ``position_ids`` do not count either: they
+    are taken to go with the padding.
+
+    Args:
+        batch: ``input_ids`` [B, T] integers, ``labels`` [B, T] int64, and where present ``attention_mask``
+            [B, T], nonzero where a token is attended to.
+    Returns:
+        B keys of 16 bytes.
+    Raises:
+        TypeError: the batch isn't a mapping, the labels aren't int64 or the ids aren't integers.
+        ValueError: the batch lacks a key, or the shapes differ.
+    Cost: one copy of the batch to the CPU: on a GPU's batch, one synchronisation.
+    """
+    ids, labels, attended = torch.stack(_contents(batch)).cpu()
+    counted = labels != IGNORE_INDEX
+    counted[:, :1] = False
+    # Padding that is counted after all, or that a label is predicted from, changes the log-probability.
+    read = (attended != 0) | counted | counted.roll(-1, dims=1)
+    read &= counted.flip(1).cumsum(1).flip(1) > 0
+    contents = torch.stack([ids, labels.masked_fill(~counted, IGNORE_INDEX), attended], dim=-1)
+    return [_key(row[kept]) for row, kept in zip(contents, read, strict=True)]
+
+
+def _contents(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"`batch` must be a mapping such as a dict of tensors, got {type(batch).__name__}.")
+    check_keys(batch, "input_ids", "labels")
+    ids, labels = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask")
+    attended = torch.ones_like(labels) if mask is None else mask != 0
+    check_labels(labels)
+    check_shape("input_ids", ids, labels.shape, "labels")
+    check_shape("attention_mask", attended, labels.shape, "labels")
+    if ids.is_floating_point():
+        raise TypeError(f"`input_ids` must be integers, got {ids.dtype}.")
+    return [ids.long(), labels, attended.long()]
+
+
+def _key(content: Tensor) -> bytes:
+    numbers = content.flatten().tolist()
+    return hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=KEY_BYTES).digest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash the weights of the reference that :func:`reference_logits` takes from a model.
+
+    Of every parameter and persistent buffer, in order: dtype, shape, the sum of its words of 8 bytes as integers,
+    and 256 or more of them, evenly spaced. It is the same on every device, sharded or not, and with or without a
+    DDP wrapper or a PEFT adapter that is switched off for the reference. It sees any one element that changed, a
+    cast, another shape or order of the tensors. It does not see words rearranged within a tensor between the
+    samples, nor anything but weights: code, configuration (such as the attention's implementation), autocast.
+
+    Args:
+        model: the reference, see :func:`reference_logits`. Not modified.
+    Returns:
+        32 hexadecimal digits.
+    Raises:
+        ValueError: weights are on the meta device, such as offloaded ones.
+    Cost: one read of the weights where they are. Sharded ones are gathered, one by one: a collective.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in _reference_tensors(model):
+        digest.update(repr((str(tensor.dtype), tuple(tensor.shape), *_summary(tensor))).encode())
+    return digest.hexdigest()
+
+
+def _reference_tensors(model: nn.Module) -> Iterator[Tensor]:
+    owner = adapter_owner(model)
+    base = model if owner is None else getattr(owner, "get_base_model", lambda: owner)()
+    adapter = () if owner is None else tuple(_adapter_names(base))
+    for name, value in base.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and not name.startswith(adapter):
+            if value.is_meta:
+                raise ValueError(
+                    f"`model` must hold its weights, got {name!r} on the meta device. Load without offloading."
+                )
+            plain = value.detach()
+            yield plain.full_tensor() if hasattr(plain, "full_tensor") else plain  # A DTensor is gathered.
+
+
+def _adapter_names(base: nn.Module) -> Iterator[str]:
+    """Yield where a layer that wraps another holds anything but that other."""
+    for path, module in base.named_modules(remove_duplicate=False):
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        parts = [name for name, _ in (*module.named_children(), *own)]
+        if any(name in _WRAPPED for name in parts):
+            yield from (f"{path}.{name}".lstrip(".") for name in parts if name not in _WRAPPED)
+
+
+def _summary(tensor: Tensor) -> tuple[int, list[int], list[int]]:
+    flat = tensor.reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:  # A view of int64 has to begin at a multiple of its size.
+        flat = flat.clone()
+    whole = flat.numel() // 8 * 8
+    words = flat[:whole].view(torch.int64)  # Their sum wraps around: it is the same in any order, so on any device.
+    return int(words.sum()), words[:: max(1, words.numel() // _SAMPLES)].tolist(), flat[whole:].tolist()

@@ -1,0 +1,200 @@
+"""Reference log-probabilities computed once, kept in a file, and found by what an example says."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blur_optim.losses.checks import import_optional
+from blur_optim.losses.fingerprints import example_keys, model_fingerprint
+from blur_optim.losses.log_prob_file import import_safetensors, read_log_probs, write_log_probs
+from blur_optim.losses.reference import MODEL_INPUTS, reference_log_probs
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+class ReferenceLogProbs:
+    r"""The reference's log-probabilities of known examples, so that training holds no second model.
+
+    .. math:: \log \pi_{ref}(y_i \mid x_i)
+
+    Made by :meth:`load_or_compute`, before the first unlearning step; then ``reference(batch)`` is what
+    :func:`npo_loss` and :func:`dpo_loss` compare with::
+
+        reference = ReferenceLogProbs.load_or_compute("reference.safetensors", model, data_loader)
+        ...
+        loss = npo_loss(sequence_log_probs(model(**inputs).logits, batch["labels"]), reference(batch))
+
+    An example is known by its tokens and labels: neither its row nor its padding matters, see
+    :func:`blur_optim.losses.fingerprints.example_keys`.
+
+    Attributes:
+        model: the fingerprint of the reference's weights.
+        computed: how many examples :meth:`load_or_compute` did not find in the file.
+    """
+
+    def __init__(self, model: str, log_probs: Mapping[bytes, float]) -> None:
+        self.model = model
+        self.computed = 0
+        self._log_probs = dict(log_probs)
+
+    def __len__(self) -> int:
+        return len(self._log_probs)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Look up the examples of a batch.
+
+        Args:
+            batch: as :func:`reference_log_probs`.
+        Returns:
+            [B] float32 on the labels' device, no gradient.
+        Raises:
+            ValueError: an example isn't stored, or the batch is not as it should be.
+            TypeError: the labels aren't int64.
+        Cost: one copy of the batch to the CPU. Look a batch up before it goes to the GPU, and nothing waits.
+        """
+        keys = example_keys(batch)
+        missing = [row for row, key in enumerate(keys) if key not in self._log_probs]
+        if missing:
+            raise ValueError(
+                f"`batch` must hold examples whose log-probabilities are stored, got {len(missing)} of {len(keys)} "
+                f"that are not, the first in row {missing[0]}. Call ReferenceLogProbs.load_or_compute with all data "
+                "that training reads, encoded and cut in the same way."
+            )
+        found = [self._log_probs[key] for key in keys]
+        return torch.tensor(found, dtype=torch.float32, device=batch["labels"].device)
+
+    @classmethod
+    def load_or_compute(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        batches: Batches,
+        *,
+        save_every: float = 30.0,
+        progress: bool | Callable[[Batches], Batches] = True,
+    ) -> ReferenceLogProbs:
+        """Read the examples' log-probabilities from a file, compute those that it lacks, and write them to it.
+
+        The file is written every so often, and at the end, also if that is an exception or Ctrl-C: the next call
+        goes on from there. It is replaced as a whole, so it is never half-written. What it holds of other examples
+        stays. The model's modes, its ``requires_grad`` and the random state are as before.
+
+        Args:
+            path: a safetensors file, which need not exist; nor need its folder.
+            model: the model before its first unlearning step, or any reference, see :func:`reference_logits`.
+            batches: the whole data set, as for :func:`reference_log_probs`, such as a DataLoader. On any device,
+                in any order; an example that occurs more than once is computed once.
+            save_every: seconds; not more than these and one batch of work are lost if the process is killed.
+            progress: whether to show a tqdm bar; or what wraps the iterable instead of tqdm.
+        Raises:
+            ValueError: there are no batches; the file holds another model's log-probabilities or is of another
+                kind; or a log-probability isn't finite.
+            ImportError: safetensors, numpy or tqdm isn't installed; gives the command.
+            OSError: the file can't be read or written.
+        """
+        if not save_every >= 0:
+            raise ValueError(f"`save_every` must be a number of seconds >= 0, got {save_every!r}.")
+        import_safetensors()
+        batches = _with_progress(batches, progress)
+        path = Path(path)
+        stored = cls(model_fingerprint(model), {})
+        if path.exists():
+            stored._take(
+                path,
+                "If `model` was trained since, read the file with ReferenceLogProbs.load. For another "
+                "reference give another path, or delete the file.",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored._complete(path, model, batches, save_every)
+        return stored
+
+    @classmethod
+    def load(cls, *paths: str | os.PathLike[str]) -> ReferenceLogProbs:
+        """Read one file or more, such as the parts that several processes computed.
+
+        No model is needed, so none is compared: for training that resumes with a model that changed.
+
+        Raises:
+            ValueError: no path is given, or a file holds another model's log-probabilities or is of another kind.
+            FileNotFoundError: a file is missing.
+            ImportError: safetensors or numpy isn't installed; gives the command.
+        """
+        if not paths:
+            raise ValueError("`paths` must name at least one file, got none.")
+        first, *others = map(Path, paths)
+        stored = cls(*read_log_probs(first))
+        for path in others:
+            stored._take(path, f"Only files of one model can be read together, and the first is {str(first)!r}.")
+        return stored
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all to one file; nothing is left half-written.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        write_log_probs(Path(path), self.model, self._log_probs)
+
+    def _take(self, path: Path, remedy: str) -> None:
+        model, log_probs = read_log_probs(path)
+        if model != self.model:
+            raise ValueError(
+                f"`path` must name a file with the log-probabilities of the model {self.model}, got {str(path)!r} "
+                f"with those of {model}. {remedy}"
+            )
+        self._log_probs |= log_probs
+
+    def _complete(self, path: Path, model: nn.Module, batches: Batches, save_every: float) -> None:
+        position, saved, saved_at = -1, 0, time.monotonic()
+        try:
+            for position, batch in enumerate(batches):
+                self._add(model, batch, position)
+                if self.computed > saved and time.monotonic() - saved_at >= save_every:
+                    self.save(path)
+                    saved, saved_at = self.computed, time.monotonic()
+        finally:
+            if self.computed > saved:
+                self.save(path)
+        if position < 0:
+            raise ValueError("`batches` must yield at least one batch, got none. Is it an exhausted iterator?")
+
+    def _add(self, model: nn.Module, batch: Mapping[str, Tensor], position: int) -> None:
+        keys = example_keys(batch)
+        rows = [row for row, key in enumerate(keys) if key not in self._log_probs and key not in keys[:row]]
+        if not rows:
+            return
+        log_probs = reference_log_probs(model, _rows_for(model, batch, rows)).tolist()
+        for row, value in zip(rows, log_probs, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"`model` must give every example a finite log-probability, got {value} for row {row} of "
+                    f"batches[{position}]."
+                )
+        self._log_probs.update((keys[row], value) for row, value in zip(rows, log_probs, strict=True))
+        self.computed += len(rows)
+
+
+def _rows_for(model: nn.Module, batch: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    """Return some rows of what the reference reads, on the model's device."""
+    size = len(batch["labels"])
+    device = next((param.device for param in model.parameters()), batch["labels"].device)
+    inputs = {name: batch[name] for name in (*MODEL_INPUTS, "labels") if name in batch}
+    if len(rows) < size:  # A whole batch stays as it is, so that its numbers are those of reference_log_probs.
+        inputs = {name: tensor.expand(size, -1)[rows] for name, tensor in inputs.items()}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _with_progress(batches: Batches, progress: bool | Callable[[Batches], Batches]) -> Batches:
+    if callable(progress):
+        return progress(batches)
+    if not progress:
+        return batches
+    wrapped: Batches = import_optional("tqdm.auto").tqdm(batches, desc="reference log-probabilities", unit="batch")
+    return wrapped
