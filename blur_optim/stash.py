@@ -25,7 +25,9 @@ class Stashed(NamedTuple):
     dtype: torch.dtype
 
     def restore(self, param: Tensor) -> Tensor:
-        """The gradient as ``param.grad`` would hold it: a new tensor where it is compressed."""
+        """The gradient as ``param.grad`` would hold it: a new tensor where it is compressed or elsewhere."""
+        if self.values.device != param.device:
+            return like(self.values.to(param.device, non_blocking=True), param)
         if self.values.dtype == self.dtype:
             return self.values
         real = torch.float64 if self.dtype == torch.complex128 else torch.float32

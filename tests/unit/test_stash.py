@@ -22,7 +22,7 @@ from torch.optim import SGD, AdamW
 
 from blur_optim import BLUR, gradients
 from blur_optim.kernels.blocks import BLOCK_SIZE
-from blur_optim.stash import STASHES, BFloat16Stash, HostStash, Int8Stash, Stash
+from blur_optim.stash import STASHES, BFloat16Stash, HostStash, Int8Stash, Stash, Stashed
 
 COMPRESSED = ["bfloat16", "int8"]
 
@@ -349,7 +349,12 @@ def test_host_stash_copies_what_is_on_another_device(monkeypatch):
     assert calls[-1] == "wait"
 
 
-def test_a_plain_step_after_a_compressed_one(monkeypatch):
+def test_a_gradient_that_waits_elsewhere_comes_back_to_its_parameter():
+    p = nn.Parameter(torch.zeros(5, device="meta"))
+    assert Stashed(torch.ones(5), None, torch.float32).restore(p).device == p.device
+
+
+def test_a_plain_step_after_a_compressed_one():
     problem, twin = Problem(), Problem()
     opt, bare = BLUR(problem.params, SGD, lr=0.1, stash="int8"), SGD(twin.params, lr=0.1)
     step_by_closures(opt, problem)
