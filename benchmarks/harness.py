@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -145,7 +146,8 @@ def show(title: str, results: Sequence[Result], console: Console) -> None:
     console.print(table)
 
 
-def write_csv(path: Path, results: Sequence[Result], description: str) -> None:
+def write_csv(path: Path, results: Sequence[Any], description: str) -> None:
+    """Write dataclass instances of one type, a line each, under a comment."""
     with path.open("w", newline="") as file:
         file.write(f"# {description}\n")
         writer = csv.DictWriter(file, fieldnames=list(asdict(results[0])))
