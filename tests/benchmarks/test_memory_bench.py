@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import memory_bench
+import memory_methods
 import pytest
 import torch
 from memory_tracker import (
@@ -199,7 +200,7 @@ def test_the_check_before_measuring_accepts_another_way_to_the_same_update() -> 
 def test_the_check_before_measuring_refuses_another_update(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if wrong == "pcgrad":
         pytest.importorskip("pytorch_optimizer", reason="needs pytorch-optimizer: pip install 'blur_optim[bench]'")
-    widest = max(memory_bench.STASH_TOLERANCES.values())
+    widest = max(memory_methods.STASH_TOLERANCES.values())
     made = replace(memory_bench.METHODS[wrong], tolerance=widest)
     monkeypatch.setitem(memory_bench.METHODS, wrong, made)
     with pytest.raises(AssertionError, match=f"The step of {wrong} is wrong"):
