@@ -27,7 +27,9 @@ def dense_alike(t: Tensor, other: Tensor) -> bool:
 
 def in_order_of(t: Tensor, other: Tensor) -> Tensor:
     """``t`` with its elements in the order in which ``other``, which is dense, has its own: itself or a copy."""
-    return t if dense_alike(t, other) else torch.empty_strided(t.shape, other.stride(), dtype=t.dtype).copy_(t)
+    if dense_alike(t, other):
+        return t
+    return torch.empty_strided(t.shape, other.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 def memory_order(t: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _why_not_cuda(device: torch.device) -> str:
         return "the extension was built without CUDA. Install from source with nvcc at hand and BLUR_OPTIM_CUDA=1."
     try:  # Whether the device or the driver is too old is known when a kernel is launched, and without waiting for it.
         one = torch.zeros(1, device=device)
-        torch.ops.blur_optim.multi_tensor_dots([one], [one], [0], 1)
+        torch.ops.blur_optim.multi_tensor_dots([one], [one], [0], 1, [])
     except RuntimeError as error:
         return f"its kernels do not run on {device}: {error}"
     return ""

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from blur_optim.kernels.blocks import BLOCK_SIZE
 from blur_optim.kernels.native import blend_the_unusual_, in_one_order
 
 
@@ -63,7 +64,7 @@ def multi_tensor_dots(
     forget, retain = in_one_order(forget, retain)
     kernels = _kernels()
     device = forget[0].device
-    plan = _make_plan(forget, retain, {}, rows, num_rows)
+    plan = _make_plan(forget, retain, scales, {}, rows, num_rows)
     partials = torch.empty(plan.num_chunks, 3, dtype=torch.float64, device=device)
     dots = torch.empty(num_rows, 3, dtype=torch.float64, device=device)
     _run_plan(kernels.dots_kernel, plan, partials)
@@ -82,7 +83,8 @@ def multi_tensor_blend_(
     if not dense:
         return
     forget, retain, rows = [forget[i] for i in dense], [retain[i] for i in dense], [rows[i] for i in dense]
-    plan = _make_plan(forget, retain, {}, rows, len(coefficients))
+    scales = [scales[i] for i in dense] if scales else []
+    plan = _make_plan(forget, retain, scales, {}, rows, len(coefficients))
     increment_version(r if r.numel() else f for f, r in zip(forget, retain, strict=True))
     _run_plan(_kernels().blend_kernel, plan, coefficients.contiguous())
 
@@ -120,7 +122,7 @@ def fused_adamw_(
     # In the order in which the kernels read them; float64, which an argument of a Triton kernel cannot be.
     sign = -1.0 if maximize else 1.0
     numbers = [sign, beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, _log(beta1), _log(beta2)]
-    plan = _make_plan(forget, retain, state, rows, len(coefficients), numbers)
+    plan = _make_plan(forget, retain, scales, state, rows, len(coefficients), numbers)
     sizes = torch.empty(len(params), 2, dtype=torch.float64, device=params[0].device)
     _run(kernels.adam_step_sizes_kernel, (len(params),), steps.contiguous(), lr, plan.numbers, sizes)
     arguments = (coefficients.contiguous(), plan.numbers, sizes, lr, found_inf)
@@ -152,7 +154,7 @@ def fused_sgd_(
     if momentum != 0:
         state["momentum_buffers"] = momentum_buffers
     numbers = [-1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening]
-    plan = _make_plan(forget, retain, state, rows, len(coefficients), numbers)
+    plan = _make_plan(forget, retain, scales, state, rows, len(coefficients), numbers)
     arguments = (coefficients.contiguous(), plan.numbers, lr, found_inf)
     increment_version(itertools.chain(*state.values()))
     flags = {"MOMENTUM": momentum != 0, "NESTEROV": nesterov, "FIRST_STEP": first_step}
@@ -166,7 +168,8 @@ class _Kind(NamedTuple):
     """What a kernel is compiled for. ``vector``: elements that one instruction loads or stores."""
 
     param: torch.dtype
-    grad: torch.dtype
+    grad: torch.dtype  # Of the retain gradient;
+    stash: torch.dtype  # of the forget gradient: the same, or compressed.
     forget: bool
     retain: bool
     vector: int
@@ -192,6 +195,7 @@ class _Plan(NamedTuple):
 def _make_plan(
     forget: Sequence[Tensor],
     retain: Sequence[Tensor],
+    scales: Sequence[Tensor],
     state: dict[str, Sequence[Tensor]],
     rows: Sequence[int],
     num_rows: int,
@@ -203,8 +207,9 @@ def _make_plan(
         state: what the update modifies beside the gradients, by name: ``params`` first, or nothing.
         numbers: float64 for the kernel.
     """
-    _check(forget, retain, state, rows, num_rows)
+    _check(forget, retain, scales, state, rows, num_rows)
     addresses = _on_host([[t.data_ptr() for t in tensors] for tensors in (forget, retain, *state.values())])
+    scale_addresses = _on_host([scales[i].data_ptr() if _is_int8(f) else 0 for i, f in enumerate(forget)])
     numels, all_rows = _on_host(_numels(forget, retain)), _on_host(rows)
     chunk_size = _kernels().CHUNK_SIZE
     chunks = (numels + (chunk_size - 1)) // chunk_size
@@ -212,12 +217,12 @@ def _make_plan(
     starts = torch.cat([ends - chunks, ends[-1:]])
     parts = [starts[torch.searchsorted(all_rows, _on_host(range(num_rows + 1)))]]
     parts += [torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64)]
-    kinds = _kinds(state.get("params", forget), forget, retain, (addresses % 16 == 0).all(0).tolist())
+    kinds = _kinds(state.get("params", retain), forget, retain, (addresses % 16 == 0).all(0).tolist())
     for indices in kinds.values():
         index = _on_host(indices)
         mine = chunks[index]
-        columns = [numels[index], all_rows[index], index, mine.cumsum(0) - mine, starts[index], *addresses[:, index]]
-        parts += [torch.stack(columns, dim=1), torch.repeat_interleave(mine)]
+        columns = [numels[index], all_rows[index], index, mine.cumsum(0) - mine, starts[index], scale_addresses[index]]
+        parts += [torch.stack([*columns, *addresses[:, index]], dim=1), torch.repeat_interleave(mine)]
     row_starts, on_device, *tables = _to_device(parts, forget[0].device)
     launches = [_Launch(*launch) for launch in zip(kinds, tables[::2], tables[1::2], strict=True)]
     return _Plan(launches, int(ends[-1]), row_starts, on_device.view(torch.float64))
@@ -227,17 +232,23 @@ def _kinds(
     params: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor], aligned: Sequence[bool]
 ) -> dict[_Kind, list[int]]:
     """The indices of the tensors that have elements, by kind."""
-    groups: dict[tuple[torch.dtype, torch.dtype, bool, bool, bool], list[int]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool, bool, bool], list[int]] = {}
     for i, (p, f, r, is_aligned) in enumerate(zip(params, forget, retain, aligned, strict=True)):
-        groups.setdefault((p.dtype, f.dtype, f.numel() > 0, r.numel() > 0, is_aligned), []).append(i)
+        has_forget, has_retain = f.numel() > 0, r.numel() > 0
+        stash = f.dtype if has_forget else r.dtype
+        groups.setdefault((p.dtype, r.dtype, stash, has_forget, has_retain, is_aligned), []).append(i)
     kinds: dict[_Kind, list[int]] = {}
-    for (param, grad, has_forget, has_retain, is_aligned), indices in groups.items():
+    for (param, grad, stash, has_forget, has_retain, is_aligned), indices in groups.items():
         if has_forget or has_retain:
             # Beside float32 parameters 16-bit gradients are loaded 4 at a time: the thread that loads an element has to
             # be the one that stores it, or they change places through shared memory.
             vector = 16 // max(param.itemsize, grad.itemsize) if is_aligned else 1
-            kinds[_Kind(param, grad, has_forget, has_retain, vector)] = indices
+            kinds[_Kind(param, grad, stash, has_forget, has_retain, vector)] = indices
     return kinds
+
+
+def _is_int8(forget: Tensor) -> bool:
+    return forget.dtype == torch.int8 and forget.numel() > 0
 
 
 def _numels(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[int]:
@@ -265,6 +276,7 @@ def _constants(kind: _Kind) -> dict[str, Any]:
     return {
         "PARAM": kernels.DTYPES[kind.param],
         "GRAD": kernels.DTYPES[kind.grad],
+        "STASH": kernels.DTYPES[kind.stash],
         "FORGET": kind.forget,
         "RETAIN": kind.retain,
         "VECTOR": kind.vector,
@@ -281,6 +293,7 @@ def _constants(kind: _Kind) -> dict[str, Any]:
 def _check(
     forget: Sequence[Tensor],
     retain: Sequence[Tensor],
+    scales: Sequence[Tensor],
     state: dict[str, Sequence[Tensor]],
     rows: Sequence[int],
     num_rows: int,
@@ -291,14 +304,16 @@ def _check(
             raise ValueError(f"`{name}` must have {len(forget)} entries like `forget`, got {len(values)}.")
     if list(rows) != sorted(rows) or rows[0] < 0 or rows[-1] >= num_rows:
         raise ValueError(f"`rows` must ascend from 0 or more to less than {num_rows}, got {list(rows)}.")
-    numels, grads = _numels(forget, retain), [f.dtype for f in forget]
-    params = [p.dtype for p in state.get("params", forget)]
+    numels, grads = _numels(forget, retain), [r.dtype for r in retain]
+    params = [p.dtype for p in state.get("params", retain)]
     for name, tensors in lists.items():
         _check_each(name, "device", [t.device for t in tensors], [forget[0].device] * len(forget))
     for name, tensors in (("forget", forget), ("retain", retain)):
         sizes = [t.numel() or numel for t, numel in zip(tensors, numels, strict=True)]
         _check_each(name, "number of elements", sizes, numels)
-        _check_each(name, "dtype", [t.dtype for t in tensors], grads)
+    for i, (f, r) in enumerate(zip(forget, retain, strict=True)):
+        if f.dtype != r.dtype and f.numel():
+            _check_compressed(i, f, r, scales)
     for name, tensors in state.items():
         _check_each(name, "number of elements", [t.numel() for t in tensors], numels)
         _check_each(name, "dtype", [t.dtype for t in tensors], params)
@@ -313,6 +328,26 @@ def _check_each(name: str, what: str, values: list[Any], expected: list[Any]) ->
     if values != expected:  # Compared as a whole: there may be thousands.
         i, value, wanted = next((i, *v) for i, v in enumerate(zip(values, expected, strict=True)) if v[0] != v[1])
         raise ValueError(f"`{name}[{i}]` must have the {what} of the other tensors, {wanted}, got {value}.")
+
+
+def _check_compressed(i: int, forget: Tensor, retain: Tensor, scales: Sequence[Tensor]) -> None:
+    if not (forget.dtype == torch.int8 or (forget.dtype == torch.bfloat16 and retain.dtype.itemsize > 2)):
+        raise ValueError(
+            f"`forget[{i}]` must have the dtype of `retain[{i}]`, {retain.dtype}, or be compressed: int8, or bfloat16 "
+            f"beside a wider one; got {forget.dtype}."
+        )
+    if not retain.numel():
+        raise ValueError(
+            f"`forget[{i}]` must not be compressed where `retain[{i}]` is absent: it holds the update then."
+        )
+    if forget.dtype == torch.int8:
+        expected = (torch.float32, (math.ceil(forget.numel() / BLOCK_SIZE),), forget.device, True)
+        s = scales[i] if i < len(scales) else torch.empty(0)
+        if (s.dtype, tuple(s.shape), s.device, s.is_contiguous()) != expected:
+            raise ValueError(
+                f"`scales[{i}]` must be a contiguous float32 tensor of shape {expected[1]} on the device of the other "
+                f"tensors: one scale for each block of {BLOCK_SIZE} of `forget[{i}]`."
+            )
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

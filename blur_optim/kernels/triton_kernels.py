@@ -1,7 +1,8 @@
 """Device code of the ``triton`` backend. Importing it imports triton, so only ``triton.py`` does, and not before use.
 
 A program handles one chunk of one tensor. What it needs to know stands in a *table* of int64: one line per tensor with
-the columns below, then the address of each of its tensors. ``programs`` names the line of each program.
+the columns below, then the addresses of the forget gradient, the retain gradient and the state. ``programs`` names the
+line of each program.
 
 Addresses and offsets into a tensor are 64 bits wide, offsets into a chunk 32. All chunks but the last of a tensor are
 whole: an unmasked loop, because a mask that is not known at compile time splits a 16-byte load into its elements, and a
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from blur_optim.kernels import blocks
 
 #: Elements that a program handles, and that are summed in the compute dtype before float64 takes over. Part of the
 #: definition of the sums, like that of csrc/multi_tensor.h: it does not follow the device.
@@ -31,7 +34,11 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float64: tl.float64,
+    torch.int8: tl.int8,
 }
+
+# Elements of an int8 gradient that share a scale. Every chunk, and every block that advances, begins with one.
+SCALED = tl.constexpr(blocks.BLOCK_SIZE)
 
 # Columns of the table.
 NUMEL = tl.constexpr(0)
@@ -39,7 +46,8 @@ ROW = tl.constexpr(1)
 TENSOR = tl.constexpr(2)  # Its place in the caller's lists.
 FIRST_PROGRAM = tl.constexpr(3)
 FIRST_CHUNK = tl.constexpr(4)  # Over all launches of an operation.
-ADDRESSES = tl.constexpr(5)
+SCALES_ADDRESS = tl.constexpr(5)  # 0 where the forget gradient is not int8.
+ADDRESSES = tl.constexpr(6)
 
 
 @triton.jit
@@ -60,9 +68,42 @@ def _at(line_ptr, TENSOR: tl.constexpr, start, DTYPE: tl.constexpr, VECTOR: tl.c
 
 
 @triton.jit
-def _load(ptr, offsets, mask, COMPUTE: tl.constexpr):
-    x = tl.load(ptr + offsets) if mask is None else tl.load(ptr + offsets, mask=mask, other=0.0)
+def _gradients_at(line_ptr, start, GRAD: tl.constexpr, STASH: tl.constexpr, VECTOR: tl.constexpr):
+    f_ptr = _at(line_ptr, 0, start, STASH, VECTOR)
+    r_ptr = _at(line_ptr, 1, start, GRAD, VECTOR)
+    scales_ptr = tl.load(line_ptr + SCALES_ADDRESS).to(tl.pointer_type(tl.float32))
+    return f_ptr, r_ptr, scales_ptr + start // SCALED
+
+
+@triton.jit
+def _load(ptr, first, count, COMPUTE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """BLOCK_SIZE elements, of which those from ``count`` on read as zero; all are there where it is None."""
+    offsets = first + tl.arange(0, BLOCK_SIZE)
+    x = tl.load(ptr + offsets) if count is None else tl.load(ptr + offsets, mask=offsets < count, other=0)
     return x.to(COMPUTE)
+
+
+@triton.jit
+def _store(ptr, first, count, x, BLOCK_SIZE: tl.constexpr):
+    offsets = first + tl.arange(0, BLOCK_SIZE)
+    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=None if count is None else offsets < count)
+
+
+@triton.jit
+def _load_forget(gradients, first, count, COMPUTE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    f_ptr, _, scales_ptr = gradients
+    f = _load(f_ptr, first, count, COMPUTE, BLOCK_SIZE)
+    if f_ptr.dtype.element_ty == tl.int8:
+        # Few enough for each thread to load those that it needs: elements stay with their threads.
+        SCALES: tl.constexpr = BLOCK_SIZE // SCALED
+        scales = _load(scales_ptr, first // SCALED, None if count is None else tl.cdiv(count, SCALED), COMPUTE, SCALES)
+        f = tl.reshape(tl.reshape(f, [SCALES, SCALED]) * scales[:, None], [BLOCK_SIZE])
+    return f
+
+
+@triton.jit
+def _load_retain(gradients, first, count, COMPUTE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    return _load(gradients[1], first, count, COMPUTE, BLOCK_SIZE)
 
 
 @triton.jit
@@ -86,13 +127,22 @@ def _sqrt(x):
 
 
 @triton.jit
-def _add_dots(sums, f_ptr, r_ptr, offsets, mask, COMPUTE: tl.constexpr, FORGET: tl.constexpr, RETAIN: tl.constexpr):
+def _add_dots(
+    sums,
+    gradients,
+    first,
+    count,
+    FORGET: tl.constexpr,
+    RETAIN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
     rf, ff, rr = sums
     if FORGET:
-        f = _load(f_ptr, offsets, mask, COMPUTE)
+        f = _load_forget(gradients, first, count, COMPUTE, BLOCK_SIZE)
         ff += f * f
     if RETAIN:
-        r = _load(r_ptr, offsets, mask, COMPUTE)
+        r = _load_retain(gradients, first, count, COMPUTE, BLOCK_SIZE)
         rr += r * r
     if FORGET and RETAIN:
         rf += r * f
@@ -105,6 +155,7 @@ def dots_kernel(
     programs_ptr,
     partials_ptr,
     GRAD: tl.constexpr,
+    STASH: tl.constexpr,
     FORGET: tl.constexpr,
     RETAIN: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -114,19 +165,19 @@ def dots_kernel(
 ):
     """Write <r, f>, |f|^2, |r|^2 of each chunk to ``partials`` [chunks, 3], float64."""
     line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, 2)
-    f_ptr = _at(line_ptr, 0, chunk * CHUNK_SIZE, GRAD, VECTOR)
-    r_ptr = _at(line_ptr, 1, chunk * CHUNK_SIZE, GRAD, VECTOR)
-    lanes = tl.arange(0, BLOCK_SIZE)
+    gradients = _gradients_at(line_ptr, chunk * CHUNK_SIZE, GRAD, STASH, VECTOR)
+    # Before the loop, which then keeps one register for it: with more, the compiler would spill some of them rather
+    # than run fewer programs at a time.
+    index = (tl.load(line_ptr + FIRST_CHUNK) + chunk).to(tl.int32)
     rf = tl.zeros([BLOCK_SIZE], COMPUTE)
     ff = tl.zeros([BLOCK_SIZE], COMPUTE)
     rr = tl.zeros([BLOCK_SIZE], COMPUTE)
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        rf, ff, rr = _add_dots((rf, ff, rr), f_ptr, r_ptr, i + lanes, None, COMPUTE, FORGET, RETAIN)
+        rf, ff, rr = _add_dots((rf, ff, rr), gradients, i, None, FORGET, RETAIN, COMPUTE, BLOCK_SIZE)
     if whole < count:
-        offsets = whole + lanes
-        rf, ff, rr = _add_dots((rf, ff, rr), f_ptr, r_ptr, offsets, offsets < count, COMPUTE, FORGET, RETAIN)
-    out_ptr = partials_ptr + (tl.load(line_ptr + FIRST_CHUNK) + chunk) * 3
+        rf, ff, rr = _add_dots((rf, ff, rr), gradients, whole, count, FORGET, RETAIN, COMPUTE, BLOCK_SIZE)
+    out_ptr = partials_ptr + index.to(tl.int64) * 3
     tl.store(out_ptr, tl.sum(rf.to(tl.float64), axis=0))
     tl.store(out_ptr + 1, tl.sum(ff.to(tl.float64), axis=0))
     tl.store(out_ptr + 2, tl.sum(rr.to(tl.float64), axis=0))
@@ -155,13 +206,24 @@ def _coefficients(coefficients_ptr, line_ptr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _update(f_ptr, r_ptr, offsets, mask, a, b, COMPUTE: tl.constexpr, FORGET: tl.constexpr, RETAIN: tl.constexpr):
+def _update(
+    gradients,
+    first,
+    count,
+    a,
+    b,
+    FORGET: tl.constexpr,
+    RETAIN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
     if FORGET and RETAIN:
-        return b * _load(r_ptr, offsets, mask, COMPUTE) + a * _load(f_ptr, offsets, mask, COMPUTE)
+        af = a * _load_forget(gradients, first, count, COMPUTE, BLOCK_SIZE)
+        return b * _load_retain(gradients, first, count, COMPUTE, BLOCK_SIZE) + af
     elif FORGET:
-        return a * _load(f_ptr, offsets, mask, COMPUTE)
+        return a * _load_forget(gradients, first, count, COMPUTE, BLOCK_SIZE)
     else:
-        return b * _load(r_ptr, offsets, mask, COMPUTE)
+        return b * _load_retain(gradients, first, count, COMPUTE, BLOCK_SIZE)
 
 
 @triton.jit
@@ -170,6 +232,7 @@ def blend_kernel(
     programs_ptr,
     coefficients_ptr,
     GRAD: tl.constexpr,
+    STASH: tl.constexpr,
     FORGET: tl.constexpr,
     RETAIN: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -179,19 +242,16 @@ def blend_kernel(
 ):
     """r <- u, or f <- u where there is no r."""
     line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, 2)
-    f_ptr = _at(line_ptr, 0, chunk * CHUNK_SIZE, GRAD, VECTOR)
-    r_ptr = _at(line_ptr, 1, chunk * CHUNK_SIZE, GRAD, VECTOR)
+    gradients = _gradients_at(line_ptr, chunk * CHUNK_SIZE, GRAD, STASH, VECTOR)
     a, b = _coefficients(coefficients_ptr, line_ptr, COMPUTE)
-    out_ptr = r_ptr if RETAIN else f_ptr
-    lanes = tl.arange(0, BLOCK_SIZE)
+    out_ptr = gradients[1] if RETAIN else gradients[0]
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        u = _update(f_ptr, r_ptr, i + lanes, None, a, b, COMPUTE, FORGET, RETAIN)
-        tl.store(out_ptr + i + lanes, u.to(GRAD))
+        u = _update(gradients, i, None, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE)
+        _store(out_ptr, i, None, u, BLOCK_SIZE)
     if whole < count:
-        offsets = whole + lanes
-        u = _update(f_ptr, r_ptr, offsets, offsets < count, a, b, COMPUTE, FORGET, RETAIN)
-        tl.store(out_ptr + offsets, u.to(GRAD), mask=offsets < count)
+        u = _update(gradients, whole, count, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE)
+        _store(out_ptr, whole, count, u, BLOCK_SIZE)
 
 
 # -- Fused optimizers --------------------------------------------------------------------------------------------------
@@ -219,35 +279,36 @@ def adam_step_sizes_kernel(steps_ptr, lr_ptr, numbers_ptr, sizes_ptr):
 
 @triton.jit
 def _adam_block(
-    ptrs,
+    gradients,
+    state,
     numbers,
-    offsets,
-    mask,
-    PARAM: tl.constexpr,
+    first,
+    count,
     FORGET: tl.constexpr,
     RETAIN: tl.constexpr,
-    COMPUTE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    f_ptr, r_ptr, p_ptr, m_ptr, v_ptr, vmax_ptr = ptrs
+    p_ptr, m_ptr, v_ptr, vmax_ptr = state
     a, b, beta1, rest1, beta2, rest2, eps, decay, step_size, bias2_sqrt = numbers
-    grad = _update(f_ptr, r_ptr, offsets, mask, a, b, COMPUTE, FORGET, RETAIN)
-    param = _load(p_ptr, offsets, mask, COMPUTE)
+    grad = _update(gradients, first, count, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE)
+    param = _load(p_ptr, first, count, COMPUTE, BLOCK_SIZE)
     if DECOUPLED:
         param = param * decay
     else:
         grad = grad + decay * param
-    m = beta1 * _load(m_ptr, offsets, mask, COMPUTE) + rest1 * grad
-    v = beta2 * _load(v_ptr, offsets, mask, COMPUTE) + rest2 * grad * grad
-    tl.store(m_ptr + offsets, m.to(PARAM), mask=mask)
-    tl.store(v_ptr + offsets, v.to(PARAM), mask=mask)
+    m = beta1 * _load(m_ptr, first, count, COMPUTE, BLOCK_SIZE) + rest1 * grad
+    v = beta2 * _load(v_ptr, first, count, COMPUTE, BLOCK_SIZE) + rest2 * grad * grad
+    _store(m_ptr, first, count, m, BLOCK_SIZE)
+    _store(v_ptr, first, count, v, BLOCK_SIZE)
     if AMSGRAD:
-        seen = _load(vmax_ptr, offsets, mask, COMPUTE)
+        seen = _load(vmax_ptr, first, count, COMPUTE, BLOCK_SIZE)
         v = tl.where(seen < v, v, seen)
-        tl.store(vmax_ptr + offsets, v.to(PARAM), mask=mask)
+        _store(vmax_ptr, first, count, v, BLOCK_SIZE)
     param = param - _divide(step_size * m, _divide(_sqrt(v), bias2_sqrt) + eps)
-    tl.store(p_ptr + offsets, param.to(PARAM), mask=mask)
+    _store(p_ptr, first, count, param, BLOCK_SIZE)
 
 
 @triton.jit
@@ -261,6 +322,7 @@ def adam_kernel(
     found_inf_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    STASH: tl.constexpr,
     FORGET: tl.constexpr,
     RETAIN: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -275,13 +337,12 @@ def adam_kernel(
     line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, TENSORS)
     count = _none_if_found(count, found_inf_ptr)
     start = chunk * CHUNK_SIZE
-    f_ptr = _at(line_ptr, 0, start, GRAD, VECTOR)
-    r_ptr = _at(line_ptr, 1, start, GRAD, VECTOR)
+    gradients = _gradients_at(line_ptr, start, GRAD, STASH, VECTOR)
     p_ptr = _at(line_ptr, 2, start, PARAM, VECTOR)
     m_ptr = _at(line_ptr, 3, start, PARAM, VECTOR)
     v_ptr = _at(line_ptr, 4, start, PARAM, VECTOR)
     vmax_ptr = _at(line_ptr, 5, start, PARAM, VECTOR) if AMSGRAD else v_ptr
-    ptrs = (f_ptr, r_ptr, p_ptr, m_ptr, v_ptr, vmax_ptr)
+    state = (p_ptr, m_ptr, v_ptr, vmax_ptr)
 
     a, b = _coefficients(coefficients_ptr, line_ptr, COMPUTE)
     sign = tl.load(numbers_ptr).to(COMPUTE)
@@ -298,39 +359,40 @@ def adam_kernel(
     bias2_sqrt = tl.load(size_ptr + 1).to(COMPUTE)
     numbers = (sign * a, sign * b, beta1, rest1, beta2, rest2, eps, decay.to(COMPUTE), step_size, bias2_sqrt)
 
-    lanes = tl.arange(0, BLOCK_SIZE)
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        _adam_block(ptrs, numbers, i + lanes, None, PARAM, FORGET, RETAIN, COMPUTE, AMSGRAD, DECOUPLED)
+        _adam_block(gradients, state, numbers, i, None, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE)
     if whole < count:
-        offsets = whole + lanes
-        _adam_block(ptrs, numbers, offsets, offsets < count, PARAM, FORGET, RETAIN, COMPUTE, AMSGRAD, DECOUPLED)
+        _adam_block(gradients, state, numbers, whole, count, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE)
 
 
 @triton.jit
 def _sgd_block(
-    ptrs,
+    gradients,
+    state,
     numbers,
-    offsets,
-    mask,
-    PARAM: tl.constexpr,
+    first,
+    count,
     FORGET: tl.constexpr,
     RETAIN: tl.constexpr,
-    COMPUTE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     FIRST_STEP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    f_ptr, r_ptr, p_ptr, buffer_ptr = ptrs
+    p_ptr, buffer_ptr = state
     a, b, lr, decay, momentum, take = numbers
-    param = _load(p_ptr, offsets, mask, COMPUTE)
-    grad = _update(f_ptr, r_ptr, offsets, mask, a, b, COMPUTE, FORGET, RETAIN) + decay * param
+    param = _load(p_ptr, first, count, COMPUTE, BLOCK_SIZE)
+    grad = _update(gradients, first, count, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE) + decay * param
     if MOMENTUM:
         # The first step starts the buffer with the gradient itself, undamped, and must not read what lies there.
-        moved = grad if FIRST_STEP else momentum * _load(buffer_ptr, offsets, mask, COMPUTE) + take * grad
-        tl.store(buffer_ptr + offsets, moved.to(PARAM), mask=mask)
+        moved = grad
+        if not FIRST_STEP:
+            moved = momentum * _load(buffer_ptr, first, count, COMPUTE, BLOCK_SIZE) + take * grad
+        _store(buffer_ptr, first, count, moved, BLOCK_SIZE)
         grad = grad + momentum * moved if NESTEROV else moved
-    tl.store(p_ptr + offsets, (param - lr * grad).to(PARAM), mask=mask)
+    _store(p_ptr, first, count, param - lr * grad, BLOCK_SIZE)
 
 
 @triton.jit
@@ -343,6 +405,7 @@ def sgd_kernel(
     found_inf_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    STASH: tl.constexpr,
     FORGET: tl.constexpr,
     RETAIN: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -358,11 +421,10 @@ def sgd_kernel(
     line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, TENSORS)
     count = _none_if_found(count, found_inf_ptr)
     start = chunk * CHUNK_SIZE
-    f_ptr = _at(line_ptr, 0, start, GRAD, VECTOR)
-    r_ptr = _at(line_ptr, 1, start, GRAD, VECTOR)
+    gradients = _gradients_at(line_ptr, start, GRAD, STASH, VECTOR)
     p_ptr = _at(line_ptr, 2, start, PARAM, VECTOR)
     buffer_ptr = _at(line_ptr, 3, start, PARAM, VECTOR) if MOMENTUM else p_ptr
-    ptrs = (f_ptr, r_ptr, p_ptr, buffer_ptr)
+    state = (p_ptr, buffer_ptr)
 
     a, b = _coefficients(coefficients_ptr, line_ptr, COMPUTE)
     sign = tl.load(numbers_ptr).to(COMPUTE)
@@ -371,11 +433,9 @@ def sgd_kernel(
     take = tl.load(numbers_ptr + 3).to(COMPUTE)
     numbers = (sign * a, sign * b, tl.load(lr_ptr).to(COMPUTE), decay, momentum, take)
 
-    lanes = tl.arange(0, BLOCK_SIZE)
+    FLAGS: tl.constexpr = (FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP)
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        _sgd_block(ptrs, numbers, i + lanes, None, PARAM, FORGET, RETAIN, COMPUTE, MOMENTUM, NESTEROV, FIRST_STEP)
+        _sgd_block(gradients, state, numbers, i, None, *FLAGS, COMPUTE, BLOCK_SIZE)
     if whole < count:
-        offsets = whole + lanes
-        mask = offsets < count
-        _sgd_block(ptrs, numbers, offsets, mask, PARAM, FORGET, RETAIN, COMPUTE, MOMENTUM, NESTEROV, FIRST_STEP)
+        _sgd_block(gradients, state, numbers, whole, count, *FLAGS, COMPUTE, BLOCK_SIZE)

@@ -47,6 +47,18 @@ void check_device(const Tensors& tensors, const Tensor& like, const char* name) 
     STD_TORCH_CHECK(tensors[i].device() == device, "`", name, "[", i, "]` must be on the device of the other tensors.");
 }
 
+// The gradients, checked.
+std::vector<Pair> pairs_on_device(const Tensors& forget, const Tensors& retain, const Tensors& scales,
+                                  const std::vector<int64_t>& rows, int64_t num_rows, const Tensor& like) {
+  check_device(forget, like, "forget");
+  check_device(retain, like, "retain");
+  std::vector<Pair> pairs = make_pairs(forget, retain, scales, rows, num_rows);
+  for (size_t i = 0; i < pairs.size(); ++i)  // What stands beside other gradients is never read.
+    STD_TORCH_CHECK(!pairs[i].scales || scales[i].device() == like.device(), "`scales[", i,
+                    "]` must be on the device of the other tensors.");
+  return pairs;
+}
+
 // The state tensor i, or null where the optimizer keeps none.
 void* state_at(const std::vector<void*>& state, size_t i) { return i < state.size() ? state[i] : nullptr; }
 
@@ -56,12 +68,11 @@ Tensor new_float64(const Tensor& like, int64_t numel) {
 
 }  // namespace
 
-Tensor multi_tensor_dots_cuda(Tensors forget, Tensors retain, std::vector<int64_t> rows, int64_t num_rows) {
+Tensor multi_tensor_dots_cuda(Tensors forget, Tensors retain, std::vector<int64_t> rows, int64_t num_rows,
+                              Tensors scales) {
   STD_TORCH_CHECK(!forget.empty(), "`forget` must not be empty.");
   const OnDevice device(forget[0]);
-  check_device(forget, forget[0], "forget");
-  check_device(retain, forget[0], "retain");
-  std::vector<Pair> pairs = make_pairs(forget, retain, rows, num_rows);
+  std::vector<Pair> pairs = pairs_on_device(forget, retain, scales, rows, num_rows, forget[0]);
   // Rows ascend already, unless somebody calls the operator by hand.
   std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& x, const Pair& y) { return x.row < y.row; });
   const int64_t count = int64_t(pairs.size());
@@ -73,12 +84,11 @@ Tensor multi_tensor_dots_cuda(Tensors forget, Tensors retain, std::vector<int64_
   return out;
 }
 
-void multi_tensor_blend_cuda(Tensors retain, Tensors forget, Tensor coefficients, std::vector<int64_t> rows) {
+void multi_tensor_blend_cuda(Tensors retain, Tensors forget, Tensor coefficients, std::vector<int64_t> rows,
+                             Tensors scales) {
   const OnDevice device(coefficients);
   const double* weights = coefficients_pointer(coefficients);
-  check_device(retain, coefficients, "retain");
-  check_device(forget, coefficients, "forget");
-  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  const std::vector<Pair> pairs = pairs_on_device(forget, retain, scales, rows, coefficients.size(0), coefficients);
   check_launch(cuda::blur_optim_cuda_blend(pairs.data(), int64_t(pairs.size()), weights, device.stream()),
                "multi_tensor_blend_");
 }
@@ -86,10 +96,10 @@ void multi_tensor_blend_cuda(Tensors retain, Tensors forget, Tensor coefficients
 void fused_adamw_cuda(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors forget,
                       Tensors retain, std::vector<int64_t> rows, Tensor coefficients, Tensor steps, Tensor lr, double beta1,
                       double beta2, double weight_decay, double eps, bool amsgrad, bool maximize, bool decoupled,
-                      std::optional<Tensor> found_inf) {
+                      std::optional<Tensor> found_inf, Tensors scales) {
   const OnDevice device(coefficients);
   const double* weights = coefficients_pointer(coefficients);
-  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  const std::vector<Pair> pairs = pairs_on_device(forget, retain, scales, rows, coefficients.size(0), coefficients);
   const int64_t count = int64_t(pairs.size());
   if (!amsgrad) max_exp_avg_sqs.clear();
   check_like(params, pairs, "params");
@@ -100,8 +110,7 @@ void fused_adamw_cuda(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Ten
   check_state(exp_avg_sqs, params, "exp_avg_sqs");
   check_state(max_exp_avg_sqs, params, "max_exp_avg_sqs");
   for (const auto& [tensors, name] : {std::pair(&params, "params"), std::pair(&exp_avgs, "exp_avgs"),
-                                      std::pair(&exp_avg_sqs, "exp_avg_sqs"), std::pair(&max_exp_avg_sqs, "max_exp_avg_sqs"),
-                                      std::pair(&forget, "forget"), std::pair(&retain, "retain")})
+                                      std::pair(&exp_avg_sqs, "exp_avg_sqs"), std::pair(&max_exp_avg_sqs, "max_exp_avg_sqs")})
     check_device(*tensors, coefficients, name);
   check_scalars(steps, coefficients, ScalarType::Float, count, "steps");
   check_scalars(lr, coefficients, ScalarType::Double, 1, "lr");
@@ -121,16 +130,15 @@ void fused_adamw_cuda(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Ten
 
 void fused_sgd_cuda(Tensors params, Tensors momentum_buffers, Tensors forget, Tensors retain, std::vector<int64_t> rows,
                     Tensor coefficients, Tensor lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                    bool maximize, bool first_step, std::optional<Tensor> found_inf) {
+                    bool maximize, bool first_step, std::optional<Tensor> found_inf, Tensors scales) {
   const OnDevice device(coefficients);
   const double* weights = coefficients_pointer(coefficients);
-  const std::vector<Pair> pairs = make_pairs(forget, retain, rows, coefficients.size(0));
+  const std::vector<Pair> pairs = pairs_on_device(forget, retain, scales, rows, coefficients.size(0), coefficients);
   if (momentum == 0) momentum_buffers.clear();
   check_like(params, pairs, "params");
   if (momentum != 0) check_like(momentum_buffers, pairs, "momentum_buffers");
   check_state(momentum_buffers, params, "momentum_buffers");
-  for (const auto& [tensors, name] : {std::pair(&params, "params"), std::pair(&momentum_buffers, "momentum_buffers"),
-                                      std::pair(&forget, "forget"), std::pair(&retain, "retain")})
+  for (const auto& [tensors, name] : {std::pair(&params, "params"), std::pair(&momentum_buffers, "momentum_buffers")})
     check_device(*tensors, coefficients, name);
   check_scalars(lr, coefficients, ScalarType::Double, 1, "lr");
   const auto p = pointers(params), buffers = pointers(momentum_buffers);

@@ -44,6 +44,7 @@ __device__ inline float to_compute(float x) { return x; }
 __device__ inline double to_compute(double x) { return x; }
 __device__ inline float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_compute(__half x) { return __half2float(x); }
+__device__ inline float to_compute(int8_t x) { return x; }
 __device__ inline void round_to(float& out, float x) { out = x; }
 __device__ inline void round_to(double& out, double x) { out = x; }
 __device__ inline void round_to(__nv_bfloat16& out, float x) { out = __float2bfloat16_rn(x); }
@@ -56,8 +57,9 @@ constexpr int kPack = 16 / int(std::max({sizeof(Ts)...}));
 
 // How a thread touches the pack at p: whole and aligned, in one access,
 struct Whole {
-  template <class T, int N>
-  using Word = std::conditional_t<sizeof(T) * N == 16, uint4, uint2>;
+  template <class T, int N, int kBytes = sizeof(T) * N>
+  using Word = std::conditional_t<
+      kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
 
   // What the kernel never writes. Pointers from a table are not known to be read-only unless told so.
   template <class T, int N>
@@ -111,9 +113,10 @@ __device__ void for_each_pack(int numel, bool aligned, const Body& body) {
   for (; i < numel; i += kBlock * N) body(i, Part{numel - i});
 }
 
-template <class... Pointers>
-__device__ bool aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;  // Null is.
+// Whether the packs of all these tensors are.
+template <int N, class... Ts>
+__device__ bool aligned(Ts*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % (sizeof(Ts) * N) == 0) && ...);  // Null is.
 }
 
 template <class T>
@@ -121,7 +124,8 @@ __device__ T* at(void* base, int64_t offset) {
   return base ? static_cast<T*>(base) + offset : nullptr;
 }
 
-// One tensor of a launch. `key` is the row of its coefficients; for the dots, its first chunk in the workspace.
+// One tensor of a launch. `key` is the row of its coefficients; for the dots, its first chunk in the workspace. The last
+// three pointers are those of `Gradients`.
 template <int kPointers>
 struct Entry {
   void* pointers[kPointers];
@@ -163,22 +167,53 @@ __host__ __device__ inline Piece locate(const AnyTable& table, uint32_t block) {
 
 __device__ inline bool is_set(const float* flag) { return flag && *flag != 0; }
 
-// The two gradients of an element as one: u = a f + b r. A lone gradient stands in for the absent one, which spares the
-// loop a branch, and its product is dropped.
-template <class G>
-struct Update {
+// The gradients of a piece: G the type of the retain gradient, F in which the forget gradient is stashed. A lone gradient
+// stands in for the absent one, which spares the loops a branch, and what comes of it is dropped. (It then is a G: a
+// compressed one is never alone.)
+template <class G, class F>
+struct Gradients {
   using C = Compute<G>;
   bool has_forget, has_retain;
-  G *forget, *retain;
+  F* forget;
+  G* retain;
+  const float* scales;
+
+  template <int kPointers>
+  __device__ Gradients(const Entry<kPointers>& entry, int64_t offset) {
+    static_assert(kChunk % kBlockSize == 0);
+    void* const* const pointers = entry.pointers + kPointers - 3;
+    void *const f = pointers[0], *const r = pointers[1];
+    has_forget = f;
+    has_retain = r;
+    forget = at<F>(f ? f : r, offset);
+    retain = at<G>(r ? r : f, offset);
+    scales = at<const float>(pointers[2], offset / kBlockSize);
+  }
+
+  // What the elements of the forget gradient's pack at i are multiplied with. No pack reaches into a second block.
+  __device__ C scale(int i) const {
+    if constexpr (std::is_same_v<F, int8_t>) return C(__ldg(scales + i / kBlockSize));
+    return 1;
+  }
+  __device__ C restored(F f, C scale) const {
+    return std::is_same_v<F, int8_t> ? C(to_compute(f)) * scale : C(to_compute(f));
+  }
+};
+
+// The two gradients of an element as one: u = a f + b r.
+template <class G, class F>
+struct Update : Gradients<G, F> {
+  using C = Compute<G>;
   C a, b;
 
-  __device__ Update(void* f, void* r, int64_t offset, const double* coefficients, bool negate)
-      : has_forget(f), has_retain(r), forget(at<G>(f ? f : r, offset)), retain(at<G>(r ? r : f, offset)),
-        a(C(negate ? -coefficients[0] : coefficients[0])), b(C(negate ? -coefficients[1] : coefficients[1])) {}
+  template <class AnyEntry>
+  __device__ Update(const AnyEntry& entry, int64_t offset, const double* coefficients, bool negate)
+      : Gradients<G, F>(entry, offset), a(C(negate ? -coefficients[0] : coefficients[0])),
+        b(C(negate ? -coefficients[1] : coefficients[1])) {}
 
-  __device__ C operator()(G f, G r) const {
-    const C af = a * to_compute(f), br = b * to_compute(r);
-    return has_forget && has_retain ? br + af : has_forget ? af : br;
+  __device__ C operator()(F f, G r, C scale) const {
+    const C af = a * this->restored(f, scale), br = b * to_compute(r);
+    return this->has_forget && this->has_retain ? br + af : this->has_forget ? af : br;
   }
 };
 
@@ -203,11 +238,13 @@ class Batch {
     table_.count = 0;
   }
 
+  // `pointers` is what the update modifies beside the gradients.
   template <class... Pointers>
-  void add(int64_t numel, int64_t key, int64_t tensor, Pointers... pointers) {
-    const int64_t blocks = chunks_of(numel);
+  void add(const Pair& pair, int64_t key, int64_t tensor, Pointers... pointers) {
+    const int64_t blocks = chunks_of(pair.numel);
     if (table_.count == AnyTable::kCapacity || blocks_ + blocks > kMaxBlocks) flush();
-    table_.entries[table_.count++] = {{pointers...}, numel, key, int32_t(tensor), uint32_t(blocks_)};
+    table_.entries[table_.count++] = {{pointers..., pair.forget, pair.retain, const_cast<float*>(pair.scales)},
+                                      pair.numel, key, int32_t(tensor), uint32_t(blocks_)};
     blocks_ += blocks;
   }
 
@@ -227,18 +264,33 @@ class Batch {
   int error_ = 0;
 };
 
-template <class Visitor>
-int with_dtype(Dtype dtype, const Visitor& visit) {
-  switch (dtype) {
-    case Dtype::Float32: return visit(float());
-    case Dtype::BFloat16: return visit(__nv_bfloat16());
-    case Dtype::Float16: return visit(__half());
-    case Dtype::Float64: return visit(double());
-  }
-  return cudaErrorInvalidValue;
+template <class T>
+constexpr Dtype kDtype = std::is_same_v<T, float>           ? Dtype::Float32
+                         : std::is_same_v<T, __nv_bfloat16> ? Dtype::BFloat16
+                         : std::is_same_v<T, __half>        ? Dtype::Float16
+                         : std::is_same_v<T, double>        ? Dtype::Float64
+                                                            : Dtype::Int8;
+
+// Whether the kernels for these types are a pair's. An absent forget gradient has no type of its own.
+template <class G, class F>
+bool is_of(const Pair& pair) {
+  return pair.numel > 0 && pair.dtype == kDtype<G> && (pair.forget ? pair.forget_dtype : pair.dtype) == kDtype<F>;
 }
 
-constexpr Dtype kDtypes[] = {Dtype::Float32, Dtype::BFloat16, Dtype::Float16, Dtype::Float64};
+// Call visit(retain, forget) with a number of each type for every pair of types, until one returns an error.
+template <class G, class Visitor>
+int for_each_forget(G retain, const Visitor& visit) {
+  int error = visit(retain, retain);
+  if constexpr (sizeof(G) > 2) error = error ? error : visit(retain, __nv_bfloat16());
+  return error ? error : visit(retain, int8_t());
+}
+template <class Visitor>
+int for_each_gradients(const Visitor& visit) {
+  int error = for_each_forget(float(), visit);
+  error = error ? error : for_each_forget(__nv_bfloat16(), visit);
+  error = error ? error : for_each_forget(__half(), visit);
+  return error ? error : for_each_forget(double(), visit);
+}
 
 }  // namespace
 }  // namespace blur_optim::cuda

@@ -9,13 +9,13 @@ struct AdamArguments {
   const double* corrections;  // [tensors, 2]: step size, square root of the second bias correction.
   AdamOptions options;
 };
-using AdamTable = Table<6, AdamArguments>;
+using AdamTable = Table<7, AdamArguments>;
 
 struct SgdArguments {
   DeviceScalars scalars;
   SgdOptions options;
 };
-using SgdTable = Table<4, SgdArguments>;
+using SgdTable = Table<5, SgdArguments>;
 
 struct CorrectionsTable {
   const float* steps;
@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(kBlock) corrections_kernel(const __grid_consta
 }
 
 // For float64 the compiler would rather spill registers than run fewer blocks at a time, unless one is enough.
-template <class P, class G, bool kAmsgrad>
+template <class P, class G, class F, bool kAmsgrad>
 __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(const __grid_constant__ AdamTable table) {
   using C = Compute<P>;
-  constexpr int N = kPack<P, G>;
+  constexpr int N = kPack<P, G, F>;
   const AdamOptions& o = table.options.options;
   const DeviceScalars& scalars = table.options.scalars;
   if (is_set(scalars.found_inf)) return;
@@ -48,18 +48,20 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
   P* const m = at<P>(entry.pointers[1], piece.offset);
   P* const v = at<P>(entry.pointers[2], piece.offset);
   P* const vmax = kAmsgrad ? at<P>(entry.pointers[3], piece.offset) : nullptr;
-  const Update<G> u(entry.pointers[4], entry.pointers[5], piece.offset, scalars.coefficients + 2 * entry.key, o.maximize);
+  const Update<G, F> u(entry, piece.offset, scalars.coefficients + 2 * entry.key, o.maximize);
   const bool decoupled = o.decoupled;
   const C decay = C(decoupled ? 1 - *scalars.lr * o.weight_decay : o.weight_decay);
   const C beta1 = C(o.beta1), beta2 = C(o.beta2), rest1 = C(1 - o.beta1), rest2 = C(1 - o.beta2), eps = C(o.eps);
   const C step_size = C(table.options.corrections[2 * entry.tensor]);
   const C correction2_sqrt = C(table.options.corrections[2 * entry.tensor + 1]);
-  for_each_pack<N, 1>(piece.numel, aligned(p, m, v, vmax, u.forget, u.retain), [&](int i, auto access) {
-    G f[N], r[N];
+  for_each_pack<N, 1>(piece.numel, aligned<N>(p, m, v, vmax, u.forget, u.retain), [&](int i, auto access) {
+    F f[N];
+    G r[N];
     P ps[N], ms[N], vs[N];
     [[maybe_unused]] P vmaxs[N];
     access.read(f, u.forget + i);
     access.read(r, u.retain + i);
+    const auto scale = u.scale(i);
     access.load(ps, p + i);
     access.load(ms, m + i);
     access.load(vs, v + i);
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       C param = to_compute(ps[k]);
-      C grad = C(u(f[k], r[k]));
+      C grad = C(u(f[k], r[k], scale));
       if (decoupled)
         param *= decay;
       else
@@ -91,10 +93,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
   });
 }
 
-template <class P, class G, bool kMomentum>
+template <class P, class G, class F, bool kMomentum>
 __global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ SgdTable table) {
   using C = Compute<P>;
-  constexpr int N = kPack<P, G>;
+  constexpr int N = kPack<P, G, F>;
   const SgdOptions& o = table.options.options;
   const DeviceScalars& scalars = table.options.scalars;
   if (is_set(scalars.found_inf)) return;
@@ -102,23 +104,25 @@ __global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ Sgd
   const auto& entry = table.entries[piece.entry];
   P* const p = at<P>(entry.pointers[0], piece.offset);
   P* const buffer = kMomentum ? at<P>(entry.pointers[1], piece.offset) : nullptr;
-  const Update<G> u(entry.pointers[2], entry.pointers[3], piece.offset, scalars.coefficients + 2 * entry.key, o.maximize);
+  const Update<G, F> u(entry, piece.offset, scalars.coefficients + 2 * entry.key, o.maximize);
   const C lr = C(*scalars.lr), decay = C(o.weight_decay), momentum = C(o.momentum);
   const bool first_step = o.first_step, nesterov = o.nesterov;
   // The first step starts the buffer with the gradient itself, undamped.
   const C keep = C(first_step ? 0 : o.momentum), take = C(first_step ? 1 : 1 - o.dampening);
-  for_each_pack<N, 1>(piece.numel, aligned(p, buffer, u.forget, u.retain), [&](int i, auto access) {
-    G f[N], r[N];
+  for_each_pack<N, 1>(piece.numel, aligned<N>(p, buffer, u.forget, u.retain), [&](int i, auto access) {
+    F f[N];
+    G r[N];
     P ps[N];
     [[maybe_unused]] P buffers[N];
     access.read(f, u.forget + i);
     access.read(r, u.retain + i);
+    const auto scale = u.scale(i);
     access.load(ps, p + i);
     if constexpr (kMomentum) access.load(buffers, buffer + i);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const C param = to_compute(ps[k]);
-      C grad = C(u(f[k], r[k])) + decay * param;
+      C grad = C(u(f[k], r[k], scale)) + decay * param;
       if constexpr (kMomentum) {
         const C moved = keep * (first_step ? C(0) : to_compute(buffers[k])) + take * grad;  // It may hold anything before.
         round_to(buffers[k], moved);
@@ -131,13 +135,13 @@ __global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ Sgd
   });
 }
 
-// Call visit for every pair of dtypes that a parameter and its gradients may have.
+// Call visit(param, retain, forget) with a number of each type that are found together, until one returns an error.
 template <class Visitor>
-int for_each_dtypes(const Visitor& visit) {
-  for (Dtype dtype : kDtypes)
-    if (const int error = with_dtype(dtype, [&](auto t) { return visit(dtype, dtype, t, t); })) return error;
-  if (const int error = visit(Dtype::Float32, Dtype::BFloat16, float(), __nv_bfloat16())) return error;
-  return visit(Dtype::Float32, Dtype::Float16, float(), __half());
+int for_each_types(const Visitor& visit) {
+  int error = for_each_gradients([&](auto retain, auto forget) { return visit(retain, retain, forget); });
+  const auto beside_float = [&](auto retain, auto forget) { return visit(float(), retain, forget); };
+  error = error ? error : for_each_forget(__nv_bfloat16(), beside_float);
+  return error ? error : for_each_forget(__half(), beside_float);
 }
 
 }  // namespace
@@ -148,16 +152,16 @@ int blur_optim_cuda_adam(const AdamTensors* tensors, int64_t count, const AdamOp
   const CorrectionsTable corrections{steps, scalars.lr, workspace, count, options->beta1, options->beta2};
   const dim3 grid(unsigned((count + kBlock - 1) / kBlock));
   if (const int error = launch(corrections_kernel, grid, stream, corrections)) return error;
-  return for_each_dtypes([&](Dtype param, Dtype grad, auto p, auto g) {
-    using P = decltype(p);
-    using G = decltype(g);
-    const auto kernel = options->amsgrad ? adam_kernel<P, G, true> : adam_kernel<P, G, false>;
+  return for_each_types([&](auto param, auto retain, auto forget) {
+    using P = decltype(param);
+    using G = decltype(retain);
+    using F = decltype(forget);
+    const auto kernel = options->amsgrad ? adam_kernel<P, G, F, true> : adam_kernel<P, G, F, false>;
     Batch<AdamTable> batch(kernel, {scalars, workspace, *options}, stream);
     for (int64_t i = 0; i < count; ++i) {
       const AdamTensors& t = tensors[i];
-      if (t.dtype == param && t.grads.dtype == grad && t.grads.numel > 0)
-        batch.add(t.grads.numel, t.grads.row, i, t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq, t.grads.forget,
-                  t.grads.retain);
+      if (t.dtype == kDtype<P> && is_of<G, F>(t.grads))
+        batch.add(t.grads, t.grads.row, i, t.param, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq);
     }
     return batch.flush();
   });
@@ -165,15 +169,15 @@ int blur_optim_cuda_adam(const AdamTensors* tensors, int64_t count, const AdamOp
 
 int blur_optim_cuda_sgd(const SgdTensors* tensors, int64_t count, const SgdOptions* options, DeviceScalars scalars,
                         void* stream) {
-  return for_each_dtypes([&](Dtype param, Dtype grad, auto p, auto g) {
-    using P = decltype(p);
-    using G = decltype(g);
-    const auto kernel = options->momentum != 0 ? sgd_kernel<P, G, true> : sgd_kernel<P, G, false>;
+  return for_each_types([&](auto param, auto retain, auto forget) {
+    using P = decltype(param);
+    using G = decltype(retain);
+    using F = decltype(forget);
+    const auto kernel = options->momentum != 0 ? sgd_kernel<P, G, F, true> : sgd_kernel<P, G, F, false>;
     Batch<SgdTable> batch(kernel, {scalars, *options}, stream);
     for (int64_t i = 0; i < count; ++i) {
       const SgdTensors& t = tensors[i];
-      if (t.dtype == param && t.grads.dtype == grad && t.grads.numel > 0)
-        batch.add(t.grads.numel, t.grads.row, i, t.param, t.momentum_buffer, t.grads.forget, t.grads.retain);
+      if (t.dtype == kDtype<P> && is_of<G, F>(t.grads)) batch.add(t.grads, t.grads.row, i, t.param, t.momentum_buffer);
     }
     return batch.flush();
   });

@@ -1,5 +1,5 @@
-// The dots of two lists of gradients, and their blend. An argument table holds tensors of one dtype; long lists and mixed
-// dtypes take several launches.
+// The dots of two lists of gradients, and their blend. An argument table holds pairs of the same dtypes; long lists and
+// mixed dtypes take several launches.
 #include "device.cuh"
 
 namespace blur_optim::cuda {
@@ -9,12 +9,12 @@ struct DotsOptions {
   double* partials;  // [3, chunks]
   int64_t chunks;
 };
-using DotsTable = Table<2, DotsOptions>;
+using DotsTable = Table<3, DotsOptions>;
 
 struct BlendOptions {
   const double* coefficients;
 };
-using BlendTable = Table<2, BlendOptions>;
+using BlendTable = Table<3, BlendOptions>;
 
 struct RowsTable {
   static constexpr int kCapacity = int((kArgumentBytes - 48) / sizeof(int64_t)) - 1;
@@ -51,32 +51,32 @@ __device__ double block_sums(double (&values)[K], double* shared) {
   return sum;
 }
 
-template <class T>
+template <class G, class F>
 __global__ void __launch_bounds__(kBlock) dots_kernel(const __grid_constant__ DotsTable table) {
-  using C = Compute<T>;
-  constexpr int N = kPack<T>;
+  using C = Compute<G>;
+  constexpr int N = kPack<G, F>;
   static_assert(std::is_same_v<C, double> || kChunk / (kBlock * N) <= kRun);
   BLUR_SHARED(double, shared, 3 * kWarps);
   const Piece piece = locate(table, blockIdx.x);
   const auto& entry = table.entries[piece.entry];
-  void *const forget = entry.pointers[0], *const retain = entry.pointers[1];
-  // A lone gradient is paired with itself, and the sums that do not exist are dropped.
-  const T* f = at<T>(forget ? forget : retain, piece.offset);
-  const T* r = at<T>(retain ? retain : forget, piece.offset);
+  const Gradients<G, F> g(entry, piece.offset);
   C rf[N] = {}, ff[N] = {}, rr[N] = {};
-  for_each_pack<N, 4>(piece.numel, aligned(f, r), [&](int i, auto access) {
-    T x[N], y[N];
-    access.read(x, f + i);
-    access.read(y, r + i);
+  for_each_pack<N, 4>(piece.numel, aligned<N>(g.forget, g.retain), [&](int i, auto access) {
+    F x[N];
+    G y[N];
+    access.read(x, g.forget + i);
+    access.read(y, g.retain + i);
+    const C scale = g.scale(i);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const C xk = to_compute(x[k]), yk = to_compute(y[k]);
+      const C xk = g.restored(x[k], scale), yk = to_compute(y[k]);
       rf[k] = fma(xk, yk, rf[k]);  // Where written, a fused multiply-add is the same everywhere.
       ff[k] = fma(xk, xk, ff[k]);
       rr[k] = fma(yk, yk, rr[k]);
     }
   });
-  double sums[3] = {forget && retain ? total(rf) : 0, forget ? total(ff) : 0, retain ? total(rr) : 0};
+  double sums[3] = {g.has_forget && g.has_retain ? total(rf) : 0, g.has_forget ? total(ff) : 0,
+                    g.has_retain ? total(rr) : 0};
   const double sum = block_sums(sums, shared);
   const int64_t chunk = entry.key + piece.offset / kChunk;
   if (threadIdx.x < 3) table.options.partials[threadIdx.x * table.options.chunks + chunk] = sum;
@@ -94,30 +94,31 @@ __global__ void __launch_bounds__(kBlock) rows_kernel(const __grid_constant__ Ro
   if (threadIdx.x == 0) table.out[3 * (table.row + blockIdx.x) + blockIdx.y] = sum;
 }
 
-template <class T>
+template <class G, class F>
 __global__ void __launch_bounds__(kBlock) blend_kernel(const __grid_constant__ BlendTable table) {
-  constexpr int N = kPack<T>;
+  constexpr int N = kPack<G, F>;
   const Piece piece = locate(table, blockIdx.x);
   const auto& entry = table.entries[piece.entry];
-  const Update<T> u(entry.pointers[0], entry.pointers[1], piece.offset, table.options.coefficients + 2 * entry.key, false);
+  const Update<G, F> u(entry, piece.offset, table.options.coefficients + 2 * entry.key, false);
   // Not __ldg: one of the two is written.
-  for_each_pack<N, 1>(piece.numel, aligned(u.forget, u.retain), [&](int i, auto access) {
-    T f[N], r[N];
+  for_each_pack<N, 1>(piece.numel, aligned<N>(u.forget, u.retain), [&](int i, auto access) {
+    F f[N];
+    G r[N];
     access.load(f, u.forget + i);
     access.load(r, u.retain + i);
+    const auto scale = u.scale(i);
 #pragma unroll
-    for (int k = 0; k < N; ++k) round_to(r[k], u(f[k], r[k]));
+    for (int k = 0; k < N; ++k) round_to(r[k], u(f[k], r[k], scale));
     access.store(u.retain + i, r);
   });
 }
 
-template <class T>
-int launch_dots(const Pair* pairs, int64_t count, Dtype dtype, DotsOptions options, void* stream) {
-  Batch<DotsTable> batch(dots_kernel<T>, options, stream);
+template <class G, class F>
+int launch_dots(const Pair* pairs, int64_t count, DotsOptions options, void* stream) {
+  Batch<DotsTable> batch(dots_kernel<G, F>, options, stream);
   int64_t chunk = 0;
   for (int64_t i = 0; i < count; chunk += chunks_of(pairs[i++].numel))
-    if (pairs[i].dtype == dtype && pairs[i].numel > 0)
-      batch.add(pairs[i].numel, chunk, i, pairs[i].forget, pairs[i].retain);
+    if (is_of<G, F>(pairs[i])) batch.add(pairs[i], chunk, i);
   return batch.flush();
 }
 
@@ -136,15 +137,6 @@ int launch_rows(const Pair* pairs, int64_t count, int64_t num_rows, DotsOptions 
   return cudaSuccess;
 }
 
-template <class T>
-int launch_blend(const Pair* pairs, int64_t count, Dtype dtype, const double* coefficients, void* stream) {
-  Batch<BlendTable> batch(blend_kernel<T>, {coefficients}, stream);
-  for (int64_t i = 0; i < count; ++i)
-    if (pairs[i].dtype == dtype && pairs[i].numel > 0)
-      batch.add(pairs[i].numel, pairs[i].row, i, pairs[i].forget, pairs[i].retain);
-  return batch.flush();
-}
-
 }  // namespace
 
 int64_t blur_optim_cuda_dots_workspace(const Pair* pairs, int64_t count) {
@@ -155,20 +147,22 @@ int64_t blur_optim_cuda_dots_workspace(const Pair* pairs, int64_t count) {
 
 int blur_optim_cuda_dots(const Pair* pairs, int64_t count, int64_t num_rows, double* workspace, double* out, void* stream) {
   const DotsOptions options{workspace, blur_optim_cuda_dots_workspace(pairs, count) / 3};
-  for (Dtype dtype : kDtypes) {
-    const auto launch_one = [&](auto t) { return launch_dots<decltype(t)>(pairs, count, dtype, options, stream); };
-    if (const int error = with_dtype(dtype, launch_one)) return error;
-  }
+  const int error = for_each_gradients([&](auto retain, auto forget) {
+    return launch_dots<decltype(retain), decltype(forget)>(pairs, count, options, stream);
+  });
   // On the same stream, so that it begins when all chunks are written.
-  return launch_rows(pairs, count, num_rows, options, out, stream);
+  return error ? error : launch_rows(pairs, count, num_rows, options, out, stream);
 }
 
 int blur_optim_cuda_blend(const Pair* pairs, int64_t count, const double* coefficients, void* stream) {
-  for (Dtype dtype : kDtypes) {
-    const auto launch_one = [&](auto t) { return launch_blend<decltype(t)>(pairs, count, dtype, coefficients, stream); };
-    if (const int error = with_dtype(dtype, launch_one)) return error;
-  }
-  return cudaSuccess;
+  return for_each_gradients([&](auto retain, auto forget) {
+    using G = decltype(retain);
+    using F = decltype(forget);
+    Batch<BlendTable> batch(blend_kernel<G, F>, {coefficients}, stream);
+    for (int64_t i = 0; i < count; ++i)
+      if (is_of<G, F>(pairs[i])) batch.add(pairs[i], pairs[i].row, i);
+    return batch.flush();
+  });
 }
 
 const char* blur_optim_cuda_error(int code) { return cudaGetErrorString(cudaError_t(code)); }

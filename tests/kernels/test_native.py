@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from blur_optim.kernels import native
 from blur_optim.kernels.blocks import quantize
-from blur_optim.kernels.layout import is_dense
+from blur_optim.kernels.layout import in_order_of, is_dense
 
 WHY_NOT = native.why_not(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"native backend: {WHY_NOT}")
@@ -272,6 +272,19 @@ def test_memory_order_of_other_dense_layouts_is_used_without_a_copy(monkeypatch)
 )
 def test_is_dense(tensor, dense):
     assert is_dense(tensor) is dense
+
+
+def test_a_copy_in_another_order_stays_on_its_device():
+    t, other = torch.empty(3, 4, dtype=torch.bfloat16, device="meta"), torch.empty(4, 3, device="meta").t()
+    copy = in_order_of(t, other)
+    assert (copy.device, copy.dtype, copy.stride()) == (t.device, t.dtype, other.stride())
+
+
+def test_every_call_of_an_operator_has_all_its_arguments(monkeypatch):
+    """The probe of a GPU runs on none here; without a driver it would only say that it does not run."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *key: True)
+    assert native._why_not_cuda.__wrapped__(device) == ""
 
 
 def test_more_elements_than_32_bits_count():

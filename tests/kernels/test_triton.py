@@ -18,6 +18,7 @@ from torch import optim
 
 from blur_optim import BLUR
 from blur_optim.kernels import BACKEND_VARIABLE, BACKENDS, foreach, native, reference, select_backend, triton
+from blur_optim.kernels.blocks import BLOCK_SIZE, quantize
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,6 +86,10 @@ def test_why_not(monkeypatch):
 
 CHUNK, BLOCK = 32768, 2048  # Of triton_kernels.py, which cannot be imported where Triton is not.
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Retain gradients with the forget gradients that may be stashed beside them.
+COMPRESSED = [
+    (dtype, stash) for dtype in DTYPES for stash in (torch.bfloat16, torch.int8) if stash.itemsize < dtype.itemsize
+]
 
 # Error of a dot over the product of the norms: as in test_backends.py.
 DOT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7}
@@ -101,6 +106,7 @@ SHAPES = {
     "around-a-chunk": [(CHUNK + BLOCK + 3,), (CHUNK,), (5,)],
     "60-tensors": [(9,)] * 60,
 }
+AROUND_SCALES = [(BLOCK_SIZE - 1,), (BLOCK_SIZE,), (BLOCK_SIZE + 1,), (2 * BLOCK_SIZE, 3), (CHUNK + BLOCK_SIZE + 1,)]
 LAYOUTS = {
     "contiguous": lambda t: t,
     "transposed": lambda t: t.t().contiguous().t(),
@@ -114,6 +120,15 @@ def make(shapes, dtype, seed):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
+def make_stashed(shapes, stash, seed):
+    """Compressed forget gradients and their scales: in each block of another size."""
+    grads = make(shapes, torch.float32, seed)
+    if stash is not torch.int8:
+        return [t.to(stash) for t in grads], []
+    grads = [t * (1 + torch.arange(t.numel()).view(t.shape) // BLOCK_SIZE % 5) for t in grads]
+    return map(list, zip(*map(quantize, grads), strict=True))
+
+
 def clones(tensors):
     return [t.clone(memory_format=torch.preserve_format) for t in tensors]
 
@@ -122,12 +137,12 @@ def table(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def assert_dots_close(actual, expected, dtype):
+def assert_dots_close(actual, expected, dtype, rounding=0.0):
     assert actual.dtype == torch.float64
     assert actual.shape == expected.shape
     forget, retain = expected[:, 1].sqrt(), expected[:, 2].sqrt()
     scale = torch.stack([forget * retain, forget**2, retain**2], dim=1)
-    assert ((actual - expected).abs() <= DOT_TOLERANCE[dtype] * scale).all()
+    assert ((actual - expected).abs() <= (DOT_TOLERANCE[dtype] + rounding) * scale).all()
 
 
 def assert_close(actual, expected, dtype):
@@ -154,6 +169,39 @@ class TestGradients:
         triton.multi_tensor_blend_(retain, forget, table([-1.3, 0.7]), rows)
         assert_close(retain, update, dtype)
         assert all(torch.equal(f, k) for f, k in zip(forget, kept, strict=True))
+
+    @pytest.mark.parametrize(("dtype", "stash"), COMPRESSED, ids=str)
+    @pytest.mark.parametrize("shapes", [*SHAPES.values(), AROUND_SCALES], ids=[*SHAPES, "around-scales"])
+    def test_compressed_forget_gradients_are_read_as_they_are(self, dtype, stash, shapes):
+        (forget, scales), retain = make_stashed(shapes, stash, 0), make(shapes, dtype, 1)
+        if len(shapes) > 1:  # One without a forget gradient among them.
+            forget[1] = forget[1].new_empty(0)
+        rows, exact = [0] * len(shapes), reference._in_float64(forget, scales)
+        expected = reference.multi_tensor_dots(exact, retain, rows, 1)
+        # The product of an integer and its scale is rounded to float32.
+        rounding = 2**-23 if stash is torch.int8 and dtype is not torch.float64 else 0.0
+        assert_dots_close(triton.multi_tensor_dots(forget, retain, rows, 1, scales), expected, dtype, rounding)
+        update = [0.7 * r.double() + (-1.3 * f if f.numel() else 0) for f, r in zip(exact, retain, strict=True)]
+        kept = clones(forget)
+        triton.multi_tensor_blend_(retain, forget, table([-1.3, 0.7]), rows, scales)
+        assert_close(retain, update, dtype)
+        assert all(torch.equal(f, k) for f, k in zip(forget, kept, strict=True))
+
+    @pytest.mark.parametrize("stash", [torch.bfloat16, torch.int8], ids=str)
+    @pytest.mark.parametrize("forget_layout", ["contiguous", "transposed", "misaligned"])
+    @pytest.mark.parametrize("retain_layout", LAYOUTS)
+    def test_layouts_of_compressed_gradients_do_not_matter(self, stash, forget_layout, retain_layout):
+        grad = LAYOUTS[forget_layout](make([(31, 17)], torch.float64, 0)[0])
+        forget, scales = map(list, zip(quantize(grad), strict=True)) if stash is torch.int8 else ([grad.to(stash)], [])
+        if forget_layout == "misaligned":
+            forget = [LAYOUTS["misaligned"](f) for f in forget]
+        retain = [LAYOUTS[retain_layout](make([(31, 17)], torch.float64, 1)[0])]
+        exact = reference._in_float64(forget, scales)
+        expected = reference.multi_tensor_dots(exact, retain, [0], 1)
+        update = 0.3 * exact[0] - 2 * retain[0]
+        assert_dots_close(triton.multi_tensor_dots(forget, retain, [0], 1, scales), expected, torch.float64)
+        triton.multi_tensor_blend_(retain, forget, table([0.3, -2]), [0], scales)
+        assert_close(retain, [update], torch.float64)
 
     @pytest.mark.parametrize("forget_layout", LAYOUTS)
     @pytest.mark.parametrize("retain_layout", LAYOUTS)
@@ -199,12 +247,15 @@ class TestGradients:
         assert all(torch.equal(r, e) for r, e in zip(retain, expected, strict=True))
 
     def test_dtypes_and_alignments_in_one_row_are_not_mixed_up(self):
-        dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.float64]
+        dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.float64, torch.float32]
         forget = [make([(50,)], dtype, i)[0] for i, dtype in enumerate(dtypes)]
         retain = [make([(50,)], dtype, i + 9)[0] for i, dtype in enumerate(dtypes)]
         forget[3] = LAYOUTS["misaligned"](forget[3])
-        actual = triton.multi_tensor_dots(forget, retain, [0] * 5, 1)
-        assert_dots_close(actual, reference.multi_tensor_dots(forget, retain, [0] * 5, 1), torch.float32)
+        forget[4], scale = quantize(forget[4])
+        forget[5] = forget[5].bfloat16()
+        scales = [*retain[:4], scale, retain[5]]  # Anything where nothing is int8.
+        actual = triton.multi_tensor_dots(forget, retain, [0] * 6, 1, scales)
+        assert_dots_close(actual, reference.multi_tensor_dots(forget, retain, [0] * 6, 1, scales), torch.float32)
         again = [triton.multi_tensor_dots(clones(forget[:3]), clones(retain[:3]), [0] * 3, 1) for _ in range(3)]
         assert all(torch.equal(dots, again[0]) for dots in again)
 
@@ -241,8 +292,9 @@ class TestGradients:
         kernels, start = triton._kernels(), 1 << 33
         f, r = make([(5,), (5,)], torch.bfloat16, 0)
         expected = 2 * f - r
-        line = [start + 5, 0, 0, -(start // CHUNK), -(start // CHUNK), *(t.data_ptr() - 2 * start for t in (f, r))]
-        kind = triton._Kind(torch.bfloat16, torch.bfloat16, True, True, 1)
+        first = -(start // CHUNK)
+        line = [start + 5, 0, 0, first, first, 0, *(t.data_ptr() - 2 * start for t in (f, r))]
+        kind = triton._Kind(torch.bfloat16, torch.bfloat16, torch.bfloat16, True, True, 1)
         constants = {name: v for name, v in triton._constants(kind).items() if name != "PARAM"}
         lines, programs = torch.tensor([line]), torch.zeros(1, dtype=torch.int64)
         partials = torch.zeros(1, 3, dtype=torch.float64)
@@ -289,6 +341,8 @@ def launches(monkeypatch):
 
 # Parameters with their gradients: of their own dtype, or 16-bit beside float32.
 DTYPE_PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+# The same with a compressed forget gradient beside each retain gradient that it may stand beside.
+STASHES = [(dtype, grad, stash) for dtype, grad in DTYPE_PAIRS for other, stash in COMPRESSED if other == grad]
 FUSED_SHAPES = [(5,), (BLOCK + 52,), (0,), (3, 4), (CHUNK + BLOCK + 1,)]
 COEFFICIENTS, ROWS = table([-1.3, 0.7], [0.4, 2.0]), [0, 0, 1, 1, 1]
 # eps is large enough to be seen, the decay too.
@@ -299,10 +353,11 @@ SGD = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.5, "nesterov": False
 class Case:
     """Parameters, both gradients and state of order 1; in float64 with the update of ``a f + b r`` beside them."""
 
-    def __init__(self, dtype=torch.float32, grad_dtype=torch.float32, shapes=FUSED_SHAPES):
+    def __init__(self, dtype=torch.float32, grad_dtype=torch.float32, shapes=FUSED_SHAPES, stash=None):
         self.rows = ROWS[: len(shapes)]
         self.params = make(shapes, dtype, 0)
-        self.forget, self.retain = make(shapes, grad_dtype, 1), make(shapes, grad_dtype, 2)
+        self.forget, self.scales = make_stashed(shapes, stash, 1) if stash else (make(shapes, grad_dtype, 1), [])
+        self.retain = make(shapes, grad_dtype, 2)
         self.state = {name: make(shapes, dtype, seed) for seed, name in enumerate(("m", "v", "vmax"), start=3)}
         for name in ("v", "vmax"):
             self.state[name] = [t.abs() for t in self.state[name]]
@@ -311,7 +366,8 @@ class Case:
     def wide(self):
         """Double copies: the parameters with u as their gradients, and each one's state."""
         params = [p.to(torch.float64, copy=True).requires_grad_() for p in self.params]
-        for p, f, r, row in zip(params, self.forget, self.retain, self.rows, strict=True):
+        forget = reference._in_float64(self.forget, self.scales)
+        for p, f, r, row in zip(params, forget, self.retain, self.rows, strict=True):
             a, b = COEFFICIENTS[row]
             terms = [weight * grad.double() for weight, grad in ((a, f), (b, r)) if grad.numel() or not p.numel()]
             p.grad = sum(terms)
@@ -337,6 +393,7 @@ def adam(
         maximize=maximize,
         decoupled=decoupled,
         found_inf=found_inf,
+        scales=case.scales,
         **{**ADAM, **o},
     )
 
@@ -369,6 +426,7 @@ def sgd(case, *, first_step=False, maximize=False, found_inf=None, lr=0.1, **opt
         maximize=maximize,
         first_step=first_step,
         found_inf=found_inf,
+        scales=case.scales,
         **options,
     )
 
@@ -418,10 +476,12 @@ class TestFused:
 
     __test__ = INTERPRETED
 
-    @pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPE_PAIRS, ids=str)
-    def test_dtypes(self, dtype, grad_dtype):
+    @pytest.mark.parametrize(
+        ("dtype", "grad_dtype", "stash"), [*((*pair, None) for pair in DTYPE_PAIRS), *STASHES], ids=str
+    )
+    def test_dtypes(self, dtype, grad_dtype, stash):
         for step, torch_step, options in ((adam, torch_adam, {"amsgrad": True}), (sgd, torch_sgd, {"momentum": 0.9})):
-            case = Case(dtype, grad_dtype)
+            case = Case(dtype, grad_dtype, stash=stash)
             expected = torch_step(case, **options)
             step(case, **options)
             assert_case_close(case, expected)
@@ -498,8 +558,8 @@ class TestFused:
         sgd(case)
 
 
-def wrong(**changes):
-    case = Case(shapes=SMALL)
+def wrong(stash=None, **changes):
+    case = Case(shapes=SMALL, stash=stash)
     for name, change in changes.items():
         setattr(case, name, change(getattr(case, name)))
     return case
@@ -520,7 +580,27 @@ ERRORS = {
     "gradients of two dtypes": (
         {"retain": lambda r: [*r[:3], r[3].half()]},
         ValueError,
-        r"`retain\[3\]` must have the dtype of the other tensors, torch.float32, got torch.float16",
+        r"`forget\[3\]` must have the dtype of `retain\[3\]`, torch.float16, or be compressed.* got torch.float32",
+    ),
+    "a forget gradient in float16": (
+        {"forget": lambda f: [f[0].half(), *f[1:]]},
+        ValueError,
+        r"`forget\[0\]` must have the dtype of `retain\[0\]`, torch.float32, or be compressed.* got torch.float16",
+    ),
+    "no scales": (
+        {"stash": torch.int8, "scales": lambda s: []},
+        ValueError,
+        r"`scales\[0\]` must be a contiguous float32 tensor of shape \(1,\) .* each block of 256 of `forget\[0\]`",
+    ),
+    "too few scales": (
+        {"stash": torch.int8, "scales": lambda s: [s[0], s[1][:8], *s[2:]]},
+        ValueError,
+        r"`scales\[1\]` must be a contiguous float32 tensor of shape \(9,\)",
+    ),
+    "compressed and alone": (
+        {"stash": torch.bfloat16, "retain": lambda r: [r[0][:0], *r[1:]]},
+        ValueError,
+        r"`forget\[0\]` must not be compressed where `retain\[0\]` is absent",
     ),
     "state of another dtype": (
         {"state": lambda s: {**s, "m": [t.double() for t in s["m"]]}},

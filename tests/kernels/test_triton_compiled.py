@@ -24,38 +24,44 @@ for tool in ("ptxas", "cuobjdump", "nvdisasm"):
     if not (TOOLS / tool).exists():
         pytest.skip(f"the installed triton has no {tool}", allow_module_level=True)
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+F32, F64, BF16, F16, INT8 = torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8
 THREADS = 256
 COEFFICIENTS, ONE = torch.ones(1, 2, dtype=F64), torch.ones((), dtype=F64)
 
 
-def dots(dtype, offset=0):
-    f, r = (torch.zeros(8 + offset, dtype=dtype)[offset:] for _ in range(2))
-    backend.multi_tensor_dots([f], [r], [0], 1)
+def gradients(dtype, stash, offset=0):
+    """The forget and the retain gradient; ``stash`` where the former is compressed."""
+    return [[torch.zeros(8 + offset, dtype=each)[offset:]] for each in (stash or dtype, dtype)]
 
 
-def blend(dtype):
-    f, r = (torch.zeros(8, dtype=dtype) for _ in range(2))
-    backend.multi_tensor_blend_([r], [f], COEFFICIENTS, [0])
+SCALES = [torch.ones(1)]
 
 
-def adam(dtype, grad_dtype, amsgrad=False, decoupled=True, offset=0):
+def dots(dtype, stash=None, offset=0):
+    backend.multi_tensor_dots(*gradients(dtype, stash, offset), [0], 1, SCALES)
+
+
+def blend(dtype, stash=None):
+    backend.multi_tensor_blend_(*reversed(gradients(dtype, stash)), COEFFICIENTS, [0], SCALES)
+
+
+def adam(dtype, grad_dtype, stash=None, amsgrad=False, decoupled=True, offset=0):
     state = [[torch.zeros(8 + offset, dtype=dtype)[offset:]] for _ in range(4)]
-    grads = [[torch.zeros(8 + offset, dtype=grad_dtype)[offset:]] for _ in range(2)]
+    grads = gradients(grad_dtype, stash, offset)
     numbers = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
     backend.fused_adamw_(
         *state, *grads, [0], COEFFICIENTS, torch.ones(1), ONE, **numbers,
-        amsgrad=amsgrad, decoupled=decoupled, found_inf=torch.zeros(()),
+        amsgrad=amsgrad, decoupled=decoupled, found_inf=torch.zeros(()), scales=SCALES,
     )  # fmt: skip
 
 
-def sgd(dtype, grad_dtype):
+def sgd(dtype, grad_dtype, stash=None):
     state = [[torch.zeros(8, dtype=dtype)] for _ in range(2)]
-    grads = [[torch.zeros(8, dtype=grad_dtype)] for _ in range(2)]
+    grads = gradients(grad_dtype, stash)
     numbers = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True, "maximize": False}
     backend.fused_sgd_(
         *state, *grads, [0], COEFFICIENTS, ONE, **numbers,
-        first_step=False, found_inf=torch.zeros(()),
+        first_step=False, found_inf=torch.zeros(()), scales=SCALES,
     )  # fmt: skip
 
 
@@ -64,8 +70,8 @@ class Case(NamedTuple):
 
     kernel: str
     operation: Any
-    loads: dict[int, int]
-    stores: dict[int, int]
+    loads: dict[int, float]
+    stores: dict[int, float]
 
 
 # Widths in bytes. Beside float32 state, 4 bfloat16 values are loaded at a time: 8 bytes.
@@ -79,10 +85,27 @@ CASES = {
     "adamw float32": Case("adam_kernel", lambda: adam(F32, F32), {16: 20}, {16: 12}),
     "adamw float32 bfloat16": Case("adam_kernel", lambda: adam(F32, BF16), {16: 12, 8: 4}, {16: 12}),
     "adamw bfloat16": Case("adam_kernel", lambda: adam(BF16, BF16), {16: 10}, {16: 6}),
-    "adam amsgrad float32": Case("adam_kernel", lambda: adam(F32, F32, True, False), {16: 24}, {16: 16}),
+    "adam amsgrad float32": Case(
+        "adam_kernel", lambda: adam(F32, F32, amsgrad=True, decoupled=False), {16: 24}, {16: 16}
+    ),
     "adamw float64": Case("adam_kernel", lambda: adam(F64, F64), {16: 40}, {16: 24}),
     "sgd float32": Case("sgd_kernel", lambda: sgd(F32, F32), {16: 16}, {16: 8}),
     "sgd float32 bfloat16": Case("sgd_kernel", lambda: sgd(F32, BF16), {16: 8, 8: 4}, {16: 8}),
+    # Compressed forget gradients. Beside an int8 pack a thread loads its scale, from a cache: 4 bytes for 2, 4 or 8
+    # elements.
+    "dots float32, forget bfloat16": Case("dots_kernel", lambda: dots(F32, BF16), {16: 4, 8: 2}, {}),
+    "dots float32, forget int8": Case("dots_kernel", lambda: dots(F32, INT8), {16: 4, 4: 1 + 1}, {}),
+    "dots bfloat16, forget int8": Case("dots_kernel", lambda: dots(BF16, INT8), {16: 2, 8: 1, 4: 0.5}, {}),
+    "dots float64, forget int8": Case("dots_kernel", lambda: dots(F64, INT8), {16: 8, 2: 1, 4: 2}, {}),
+    "blend float32, forget bfloat16": Case("blend_kernel", lambda: blend(F32, BF16), {16: 4, 8: 2}, {16: 4}),
+    "blend float32, forget int8": Case("blend_kernel", lambda: blend(F32, INT8), {16: 4, 4: 1 + 1}, {16: 4}),
+    "adamw float32, forget bfloat16": Case("adam_kernel", lambda: adam(F32, F32, BF16), {16: 16, 8: 2}, {16: 12}),
+    "adamw float32, forget int8": Case("adam_kernel", lambda: adam(F32, F32, INT8), {16: 16, 4: 1 + 1}, {16: 12}),
+    "adamw float32 bfloat16, forget int8": Case(
+        "adam_kernel", lambda: adam(F32, BF16, INT8), {16: 12, 8: 2, 4: 1 + 1}, {16: 12}
+    ),
+    "sgd float32, forget int8": Case("sgd_kernel", lambda: sgd(F32, F32, INT8), {16: 12, 4: 1 + 1}, {16: 8}),
+    "dots misaligned float32, forget int8": Case("dots_kernel", lambda: dots(F32, INT8, 1), {4: 4 + 4, 1: 1}, {}),
     # Addresses that are not multiples of 16 must not be accessed as if they were.
     "dots misaligned bfloat16": Case("dots_kernel", lambda: dots(BF16, offset=1), {2: 4}, {}),
     "adamw misaligned float32": Case("adam_kernel", lambda: adam(F32, F32, offset=1), {4: 20}, {4: 12}),
@@ -206,7 +229,15 @@ def test_the_main_loop_moves_the_bytes_of_the_operation_in_wide_accesses(code, n
 
 @both_architectures
 @pytest.mark.parametrize(
-    "name", ["dots float32", "dots bfloat16", "blend float32", "sgd float32", "sgd float32 bfloat16"]
+    "name",
+    [
+        "dots float32",
+        "dots bfloat16",
+        "blend float32",
+        "blend float32, forget int8",
+        "sgd float32",
+        "sgd float32 bfloat16",
+    ],
 )
 def test_products_and_sums_are_rounded_apart(code, name, arch):
     """As in the other backends. (Division and square root, in Adam, are made of fused operations.)"""
@@ -250,7 +281,7 @@ def test_triton_takes_the_arguments_of_every_launch(code, monkeypatch):
     monkeypatch.setattr(backend, "_run", warmup)
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
     dots(F32)
-    blend(BF16)
+    blend(BF16, INT8)
     adam(F32, F16)
     sgd(F16, F16)
     metadata = [kernel.metadata for kernel in compiled]

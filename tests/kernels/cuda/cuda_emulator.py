@@ -9,9 +9,20 @@ import torch
 from cuda_toolchain import CSRC
 from torch import Tensor
 
+from blur_optim.kernels.blocks import BLOCK_SIZE, quantize
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CHUNK = 16384
-NUMELS = [1, 7, CHUNK - 1, CHUNK, 2 * CHUNK + 5]
+# Around a pack, a block of int8 and a chunk. `with_absent` leaves out the second forget gradient of every three, and
+# the third retain gradient.
+NUMELS = [CHUNK + BLOCK_SIZE + 1, 2 * CHUNK + 5, CHUNK - 1, 1, 7, 2 * CHUNK + 5, CHUNK, BLOCK_SIZE, BLOCK_SIZE - 1]
+# (retain gradients, forget gradients): of one dtype, or the forget gradients compressed.
+GRADIENTS = [
+    (dtype, stash)
+    for dtype in DTYPES
+    for stash in (dtype, torch.bfloat16, torch.int8)
+    if stash == dtype or stash.itemsize < dtype.itemsize
+]
 
 # Forward, reverse, and shuffled by two seeds.
 SCHEDULES = [(0, 0), (1, 0), (2, 1), (2, 2)]
@@ -48,15 +59,25 @@ class Emulated:
         assert all(same_bits(result, results[0]) for result in results[1:])
         return results[0]
 
-    def dots(self, forget: list[Tensor], retain: list[Tensor], rows: list[int], num_rows: int) -> Tensor:
-        return self.on_every_schedule(lambda: [self.ops.multi_tensor_dots(forget, retain, rows, num_rows)])[0]
+    def dots(
+        self, forget: list[Tensor], retain: list[Tensor], rows: list[int], num_rows: int, scales: Sequence[Tensor] = ()
+    ) -> Tensor:
+        arguments = forget, retain, rows, num_rows, list(scales)
+        return self.on_every_schedule(lambda: [self.ops.multi_tensor_dots(*arguments)])[0]
 
-    def blend(self, forget: list[Tensor], retain: list[Tensor], coefficients: Tensor, rows: list[int]) -> list[Tensor]:
+    def blend(
+        self,
+        forget: list[Tensor],
+        retain: list[Tensor],
+        coefficients: Tensor,
+        rows: list[int],
+        scales: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
         """What retain holds afterwards, or forget where retain is absent."""
 
         def call() -> list[Tensor]:
             f, r = copied(forget), copied(retain)
-            self.ops.multi_tensor_blend_(r, f, coefficients, rows)
+            self.ops.multi_tensor_blend_(r, f, coefficients, rows, list(scales))
             return [y if y.numel() else x for x, y in zip(f, r, strict=True)]
 
         return self.on_every_schedule(call)
@@ -77,7 +98,22 @@ def same_bits(actual: list[Tensor], expected: list[Tensor]) -> bool:
 def make(numels: Sequence[int], dtype: torch.dtype, seed: int, misaligned: bool = False) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(n, generator=generator).to(dtype) for n in numels]
-    return [torch.cat([t.new_zeros(1), t])[1:] for t in tensors] if misaligned else tensors
+    return misalign(tensors) if misaligned else tensors
+
+
+def make_forget(
+    numels: Sequence[int], stash: torch.dtype, seed: int, misaligned: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Forget gradients of dtype ``stash``, and their scales where that is int8: another size in each block."""
+    if stash != torch.int8:
+        return make(numels, stash, seed, misaligned), []
+    grads = [t * (1 + torch.arange(len(t)) // BLOCK_SIZE % 5) for t in make(numels, torch.float32, seed)]
+    values, scales = map(list, zip(*map(quantize, grads), strict=True))
+    return misalign(values) if misaligned else values, scales
+
+
+def misalign(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.cat([t.new_zeros(1), t])[1:] for t in tensors]
 
 
 def coefficients(*rows: tuple[float, float]) -> Tensor:
@@ -85,7 +121,9 @@ def coefficients(*rows: tuple[float, float]) -> Tensor:
 
 
 def with_absent(forget: list[Tensor], retain: list[Tensor]) -> None:
-    """Leave out one gradient of some of the pairs, and both of none."""
-    for i in range(len(forget)):
-        if i % 3:
-            (forget, retain)[i % 3 - 1][i] = forget[i].new_empty(0)
+    """Leave out one gradient of some of the pairs, and both of none; never one beside a compressed gradient."""
+    for i, (f, r) in enumerate(zip(forget, retain, strict=True)):
+        if i % 3 == 1:
+            forget[i] = f.new_empty(0)
+        elif i % 3 == 2 and f.dtype == r.dtype:
+            retain[i] = r.new_empty(0)

@@ -3,8 +3,9 @@
 #include <cuda_bf16.h>
 
 #include <cmath>
+#include <type_traits>
 
-#include "cuda/kernels.h"
+#include "cuda/device.cuh"
 
 using namespace blur_optim;
 using namespace blur_optim::cuda;
@@ -23,8 +24,11 @@ const std::vector<emulator::Order> kOrders{emulator::Order::kForward, emulator::
 #endif
 constexpr double kCoefficients[] = {-1.3, 0.7, 0.5, 2.0};
 
-double value(float x) { return x; }
 double value(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T>
+double value(T x) {
+  return x;
+}
 
 // Ends where its heap block ends, so that the address sanitizer sees the first element too many.
 template <class T>
@@ -34,37 +38,51 @@ struct Array {
   int64_t numel = 0;
 
   Array() = default;
-  Array(int64_t n, bool misaligned, unsigned seed, double low) : numel(n) {
+  Array(int64_t n, bool misaligned, unsigned seed, double low, double high) : numel(n) {
     const size_t shift = misaligned ? sizeof(T) : 0;
     memory.reset(new char[shift + n * sizeof(T)]);
     data = reinterpret_cast<T*>(memory.get() + shift);
     std::mt19937 random(seed);
-    for (int64_t i = 0; i < n; ++i) data[i] = T(float(low + double(random()) / 4294967296.0));
+    for (int64_t i = 0; i < n; ++i) data[i] = T(float(low + (high - low) * double(random()) / 4294967296.0));
   }
 };
 
-template <class P, class G>
+// A parameter's tensors: P the type of its own and its state's, G and F those of the retain and the forget gradient.
+template <class P, class G, class F>
 struct Item {
-  Array<G> forget, retain;
+  Array<F> forget;
+  Array<G> retain;
+  Array<float> scales;
   Array<P> param, first, second, third;
   Pair pair;
+
+  double forget_norm() const {
+    double norm = 0;
+    for (int64_t i = 0; i < forget.numel; ++i)
+      norm += std::pow(value(forget.data[i]) * (scales.data ? scales.data[i / kBlockSize] : 1), 2);
+    return norm;
+  }
 };
 
 // Sizes around a pack and a chunk, with each gradient absent in turn, aligned and not; two rows.
-template <class P, class G>
-std::vector<Item<P, G>> make_items(Dtype dtype) {
-  std::vector<Item<P, G>> items;
+template <class P, class G, class F>
+std::vector<Item<P, G, F>> make_items() {
+  constexpr bool kIntegers = std::is_same_v<F, int8_t>;
+  constexpr double kLargest = kIntegers ? 127 : 0.5;
+  std::vector<Item<P, G, F>> items;
   unsigned seed = 0;
   for (int64_t row = 0; row < 2; ++row)
     for (int64_t n : kSizes)
       for (int kind : kKinds) {
-        Item<P, G> item;
+        if (kind == 2 && !std::is_same_v<F, G>) continue;  // Never compressed and alone.
+        Item<P, G, F> item;
         const bool misaligned = kind == 3;
-        if (kind != 1) item.forget = Array<G>(n, misaligned, ++seed, -0.5);
-        if (kind != 2) item.retain = Array<G>(n, misaligned, ++seed, -0.5);
+        if (kind != 1) item.forget = Array<F>(n, misaligned, ++seed, -kLargest, kLargest);
+        if (kind != 1 && kIntegers) item.scales = Array<float>((n + kBlockSize - 1) / kBlockSize, false, ++seed, 0, 0.01);
+        if (kind != 2) item.retain = Array<G>(n, misaligned, ++seed, -0.5, 0.5);
         for (Array<P>* array : {&item.param, &item.first, &item.second, &item.third})
-          *array = Array<P>(n, misaligned, ++seed, 0);
-        item.pair = {item.forget.data, item.retain.data, n, dtype, row};
+          *array = Array<P>(n, misaligned, ++seed, 0, 1);
+        item.pair = {item.forget.data, item.retain.data, n, kDtype<G>, row, kDtype<F>, item.scales.data};
         items.push_back(std::move(item));
       }
   return items;
@@ -76,16 +94,16 @@ void append(std::vector<char>& bytes, const T* data, int64_t n) {
 }
 
 // The bytes of everything that one call of every launcher writes.
-template <class P, class G>
-std::vector<char> run(Dtype param_dtype, Dtype dtype, bool amsgrad) {
-  std::vector<Item<P, G>> items = make_items<P, G>(dtype);
+template <class P, class G, class F>
+std::vector<char> run(bool amsgrad) {
+  std::vector<Item<P, G, F>> items = make_items<P, G, F>();
   std::vector<Pair> pairs;
   std::vector<AdamTensors> adam;
   std::vector<SgdTensors> sgd;
   for (auto& x : items) {
     pairs.push_back(x.pair);
-    adam.push_back({x.pair, param_dtype, x.param.data, x.first.data, x.second.data, amsgrad ? x.third.data : nullptr});
-    sgd.push_back({x.pair, param_dtype, x.param.data, x.first.data});
+    adam.push_back({x.pair, kDtype<P>, x.param.data, x.first.data, x.second.data, amsgrad ? x.third.data : nullptr});
+    sgd.push_back({x.pair, kDtype<P>, x.param.data, x.first.data});
   }
   const int64_t count = int64_t(pairs.size());
   std::vector<double> workspace(blur_optim_cuda_dots_workspace(pairs.data(), count)), corrections(2 * count), dots(6);
@@ -106,11 +124,11 @@ std::vector<char> run(Dtype param_dtype, Dtype dtype, bool amsgrad) {
   emulator::synchronize();
   for (int64_t row = 0; row < 2; ++row) {
     double norm = 0;
-    for (auto& x : make_items<P, G>(dtype))
-      for (int64_t i = 0; x.pair.row == row && i < x.forget.numel; ++i) norm += std::pow(value(x.forget.data[i]), 2);
+    for (auto& x : make_items<P, G, F>())
+      if (x.pair.row == row) norm += x.forget_norm();
     if (!(std::fabs(dots[3 * row + 1] / norm - 1) < 1e-6)) error = 1;
   }
-  if (error) std::printf("a launch failed, or the dots are wrong\n"), std::exit(1);
+  if (error) std::fprintf(stderr, "a launch failed, or the dots are wrong\n"), std::exit(1);
   std::vector<char> bytes;
   append(bytes, dots.data(), 6);
   for (auto& x : items) {
@@ -121,21 +139,27 @@ std::vector<char> run(Dtype param_dtype, Dtype dtype, bool amsgrad) {
   return bytes;
 }
 
-template <class P, class G>
-void run_schedules(Dtype param_dtype, Dtype dtype, bool amsgrad) {
+template <class P, class G, class F>
+void run_schedules(bool amsgrad) {
   std::vector<char> expected;
   for (emulator::Order order : kOrders) {
     emulator::order = order;
-    const std::vector<char> bytes = run<P, G>(param_dtype, dtype, amsgrad);
+    const std::vector<char> bytes = run<P, G, F>(amsgrad);
     if (expected.empty()) expected = bytes;
-    if (bytes != expected) std::printf("the results depend on the schedule\n"), std::exit(1);
+    if (bytes != expected) std::fprintf(stderr, "the results depend on the schedule\n"), std::exit(1);
   }
 }
 
 }  // namespace
 
 int main() {
-  run_schedules<float, float>(Dtype::Float32, Dtype::Float32, false);
-  run_schedules<float, __nv_bfloat16>(Dtype::Float32, Dtype::BFloat16, true);
+  run_schedules<float, float, float>(false);
+  run_schedules<float, __nv_bfloat16, __nv_bfloat16>(true);
+  run_schedules<float, float, int8_t>(true);
+  run_schedules<float, float, __nv_bfloat16>(false);
+#ifndef __SANITIZE_THREAD__
+  run_schedules<float, __nv_bfloat16, int8_t>(false);
+  run_schedules<double, double, int8_t>(true);
+#endif
   std::printf("the same results under every schedule\n");
 }

@@ -15,7 +15,7 @@ int main() {
   cudaMallocManaged(reinterpret_cast<void**>(&memory), sizeof host, 1);
   memory[0] = 2;
   memory[1] = 3;
-  const Pair pair{memory, memory + 1, 1, Dtype::Float64, 0};
+  const Pair pair{memory, memory + 1, 1, Dtype::Float64, 0, Dtype::Float64, nullptr};
   int error = blur_optim_cuda_dots(&pair, 1, 1, memory + 2, memory + 5, nullptr);
   if (!error) error = cudaDeviceSynchronize();
   std::printf("%d (%s): %g %g %g\n", error, blur_optim_cuda_error(error), memory[5], memory[6], memory[7]);

@@ -17,20 +17,31 @@ from cuda_toolchain import CSRC, HERE, built, disassembler, linked, program, run
 from blur_optim.kernels import native
 
 ARCHITECTURES = [80, 90, 100]
-SIZES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2}
+SIZES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2, "signed char": 1}
 # Tensors of the parameters' dtype that are read and written; each of these kernels also reads the two gradients.
 STATE = {"adam_kernel": (3, 3), "adam_kernel amsgrad": (4, 4), "sgd_kernel": (1, 1), "sgd_kernel momentum": (2, 2)}
-# Bytes per element in the table of section 4 of the design, where all tensors are float32, or bfloat16 gradients beside
-# float32 parameters. Reads and writes.
+# Bytes per element that docs/kernels.md names, reads and writes, without the scales of int8: one for each block.
 BYTES = {
-    "dots_kernel<float>": 2 * 4,
-    "dots_kernel<__nv_bfloat16>": 2 * 2,
-    "blend_kernel<float>": 3 * 4,
-    "blend_kernel<__nv_bfloat16>": 3 * 2,
-    "adam_kernel<float, float, false>": 8 * 4,
-    "adam_kernel<float, __nv_bfloat16, false>": 6 * 4 + 2 * 2,
-    "sgd_kernel<float, float, true>": 6 * 4,
-    "sgd_kernel<float, __nv_bfloat16, true>": 4 * 4 + 2 * 2,
+    "dots_kernel<float, float>": 2 * 4,
+    "dots_kernel<__nv_bfloat16, __nv_bfloat16>": 2 * 2,
+    "dots_kernel<float, __nv_bfloat16>": 4 + 2,
+    "dots_kernel<float, signed char>": 4 + 1,
+    "dots_kernel<__nv_bfloat16, signed char>": 2 + 1,
+    "blend_kernel<float, float>": 3 * 4,
+    "blend_kernel<__nv_bfloat16, __nv_bfloat16>": 3 * 2,
+    "blend_kernel<float, __nv_bfloat16>": 2 * 4 + 2,
+    "blend_kernel<float, signed char>": 2 * 4 + 1,
+    "blend_kernel<__nv_bfloat16, signed char>": 2 * 2 + 1,
+    "adam_kernel<float, float, float, false>": 8 * 4,
+    "adam_kernel<float, __nv_bfloat16, __nv_bfloat16, false>": 6 * 4 + 2 * 2,
+    "adam_kernel<float, float, __nv_bfloat16, false>": 7 * 4 + 2,
+    "adam_kernel<float, float, signed char, false>": 7 * 4 + 1,
+    "adam_kernel<float, __nv_bfloat16, signed char, false>": 6 * 4 + 2 + 1,
+    "sgd_kernel<float, float, float, true>": 6 * 4,
+    "sgd_kernel<float, __nv_bfloat16, __nv_bfloat16, true>": 4 * 4 + 2 * 2,
+    "sgd_kernel<float, float, __nv_bfloat16, true>": 5 * 4 + 2,
+    "sgd_kernel<float, float, signed char, true>": 5 * 4 + 1,
+    "sgd_kernel<float, __nv_bfloat16, signed char, true>": 4 * 4 + 2 + 1,
 }
 
 
@@ -51,16 +62,17 @@ class Kernel(NamedTuple):
                 loops.append(Counter(access for access in accesses if access))
         return [loop for loop in loops if loop]
 
-    def expected(self) -> tuple[Counter[str], int]:
-        """The accesses that handle one pack, and how many elements it has."""
+    def expected(self) -> tuple[Counter[str], Counter[str], int]:
+        """The accesses that handle one pack; of them the one to its scale; and how many elements it has."""
         stem, arguments = re.fullmatch(r"(\w+)<(.*)>", self.name).groups()
         dtypes = [argument for argument in arguments.split(", ") if argument in SIZES]
         pack = 16 // max(SIZES[dtype] for dtype in dtypes)
+        scale = Counter({"read 4": 1} if dtypes[-1] == "signed char" else {})
         kind = stem + {"adam_kernel": " amsgrad", "sgd_kernel": " momentum"}.get(stem, "") * arguments.endswith("true")
         reads, writes = STATE.get(kind, (0, 0))
-        accesses = Counter({f"read {SIZES[dtypes[-1]] * pack}": 2})
+        accesses = Counter(f"read {SIZES[dtype] * pack}" for dtype in dtypes[-2:]) + scale
         accesses += Counter({f"read {SIZES[dtypes[0]] * pack}": reads, f"write {SIZES[dtypes[0]] * pack}": writes})
-        return accesses + Counter({"write 16": int(stem == "blend_kernel")}), pack
+        return accesses + Counter({"write 16": int(stem == "blend_kernel")}), scale, pack
 
 
 def access_of(instruction: str) -> str | None:
@@ -143,7 +155,7 @@ def test_every_kernel_is_there(kernels):
 def test_no_register_is_spilled(cubins):
     usage = "".join(run(disassembler("cuobjdump"), "-res-usage", cubin) for cubin in cubins)
     resources = re.findall(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
-    assert len(resources) >= 34
+    assert len(resources) >= 78
     assert all((int(stack), int(local)) == (0, 0) for _, stack, local in resources)
     # So that a multiprocessor has two blocks of 256 threads, one of which loads while the other computes.
     assert max(int(registers) for registers, _, _ in resources) <= 128
@@ -153,21 +165,21 @@ def test_main_loops_access_each_element_once_and_widely(kernels):
     for kernel in kernels.values():
         if "<" not in kernel.name:
             continue
-        pack, elements = kernel.expected()
+        pack, scale, elements = kernel.expected()
         wide = [loop for loop in kernel.loops() if max(sizes(loop)) == 16]
         assert wide, f"{kernel.name} has no loop of 16-byte accesses"
         for loop in wide:
             repeats = loop.total() // pack.total()
             assert loop == Counter({access: count * repeats for access, count in pack.items()}), kernel.name
             if kernel.name in BYTES:
-                assert sum(sizes(loop)) == BYTES[kernel.name] * elements * repeats, kernel.name
+                assert sum(sizes(pack - scale)) == BYTES[kernel.name] * elements, kernel.name
 
 
 def test_the_loops_of_the_dots_are_unrolled(kernels):
-    """Four loads of each gradient are there to be in flight at a time."""
+    """Four packs of each gradient are there to be in flight at a time."""
     for name, kernel in kernels.items():
         if name.startswith("dots_kernel"):
-            assert max(loop["read 16"] for loop in kernel.loops()) == 8, name
+            assert max(loop["read 16"] for loop in kernel.loops()) == 4 * kernel.expected()[0]["read 16"], name
 
 
 def sizes(loop: Counter[str]) -> list[int]:

@@ -8,25 +8,38 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator import DTYPES, NUMELS, TOLERANCE, coefficients, copied, make, same_bits, with_absent
+from cuda_emulator import (
+    GRADIENTS,
+    NUMELS,
+    TOLERANCE,
+    coefficients,
+    copied,
+    make,
+    make_forget,
+    same_bits,
+    with_absent,
+)
 from torch import Tensor
 
-from blur_optim.kernels import native
+from blur_optim.kernels import native, reference
 
-# (parameters and state, gradients).
-DTYPE_PAIRS = [*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+# (parameters and state, retain gradients, forget gradients).
+DTYPES = [(dtype, dtype, stash) for dtype, stash in GRADIENTS]
+DTYPES += [(torch.float32, dtype, stash) for dtype, stash in GRADIENTS if dtype.itemsize == 2]
+FLOAT = (torch.float32, torch.float32, torch.float32)
 
 
 class Case:
     """Parameters, state and gradients of a fused update, over tensors of several sizes and two rows."""
 
     def __init__(
-        self, dtypes: tuple[torch.dtype, torch.dtype], numels: Sequence[int], misaligned: bool = False
+        self, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], numels: Sequence[int], misaligned: bool = False
     ) -> None:
-        param_dtype, grad_dtype = dtypes
+        param_dtype, retain_dtype, stash = dtypes
         self.params = make(numels, param_dtype, 0, misaligned)
         self.moments = [[t.abs() for t in make(numels, param_dtype, seed, misaligned)] for seed in (1, 2, 3)]
-        self.forget, self.retain = make(numels, grad_dtype, 4, misaligned), make(numels, grad_dtype, 5, misaligned)
+        self.forget, self.scales = make_forget(numels, stash, 4, misaligned)
+        self.retain = make(numels, retain_dtype, 5, misaligned)
         with_absent(self.forget, self.retain)
         self.rows = [0] + [1] * (len(numels) - 1)
         self.coefficients = coefficients((-1.3, 0.7), (0.4, 2.1))
@@ -36,9 +49,10 @@ class Case:
     def updates(self) -> list[Tensor]:
         """u of each tensor in float64."""
         result = []
-        for f, r, row in zip(self.forget, self.retain, self.rows, strict=True):
+        forget = reference._in_float64(self.forget, self.scales)
+        for f, r, row in zip(forget, self.retain, self.rows, strict=True):
             a, b = self.coefficients[row]
-            result.append((a * f.double() if f.numel() else 0) + (b * r.double() if r.numel() else 0))
+            result.append((a * f if f.numel() else 0) + (b * r.double() if r.numel() else 0))
         return result
 
 
@@ -48,7 +62,8 @@ def run_adam(ops: Any, case: Case, found_inf: float | None = None, **options: An
     settings |= {"decoupled": True, "found_inf": None if found_inf is None else torch.tensor(found_inf)} | options
     tail = moments[2] if settings["amsgrad"] else []
     gradients = (case.forget, case.retain, case.rows, case.coefficients)
-    ops.fused_adamw_(params, moments[0], moments[1], tail, *gradients, case.steps, case.lr, **settings)
+    arguments = (params, moments[0], moments[1], tail, *gradients, case.steps, case.lr)
+    ops.fused_adamw_(*arguments, **settings, scales=case.scales)
     return [*params, *moments[0], *moments[1], *moments[2]]
 
 
@@ -59,7 +74,8 @@ def run_sgd(ops: Any, case: Case, found_inf: float | None = None, **options: Any
     if settings["first_step"]:
         buffers = [torch.full_like(t, torch.nan) for t in buffers]  # Whatever new memory holds.
     gradients = (case.forget, case.retain, case.rows, case.coefficients)
-    ops.fused_sgd_(params, buffers if settings["momentum"] else [], *gradients, case.lr, **settings)
+    arguments = (params, buffers if settings["momentum"] else [], *gradients, case.lr)
+    ops.fused_sgd_(*arguments, **settings, scales=case.scales)
     return [*params, *(buffers if settings["momentum"] else [])]
 
 
@@ -86,7 +102,7 @@ def assert_bits_of_the_cpu(run: Callable[..., list[Tensor]], actual: list[Tensor
         assert same_bits(actual, run(torch.ops.blur_optim, case, **options))
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
 @pytest.mark.parametrize("decoupled", [False, True], ids=["adam", "adamw"])
 def test_adam(emulated, dtypes, amsgrad, decoupled):
@@ -104,7 +120,7 @@ def test_adam(emulated, dtypes, amsgrad, decoupled):
     assert_bits_of_the_cpu(run_adam, actual, case, **options)
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
     [
@@ -127,35 +143,37 @@ def test_sgd(emulated, dtypes, options):
 
 @pytest.mark.parametrize("run", [run_adam, run_sgd])
 def test_updates_of_several_launches(emulated, run):
-    case = Case((torch.float32, torch.bfloat16), [5 + i % 9 for i in range(150)])
+    case = Case((torch.float32, torch.bfloat16, torch.int8), [5 + i % 9 for i in range(150)])
     assert_bits_of_the_cpu(run, emulated.on_every_schedule(lambda: run(emulated.ops, case)), case)
 
 
 @pytest.mark.parametrize("run", [run_adam, run_sgd])
 def test_found_inf_skips(emulated, run):
-    case = Case((torch.float32, torch.float32), NUMELS)
-    assert not same_bits(run(emulated.ops, case)[:5], case.params)
+    case = Case(FLOAT, NUMELS)
+    expected = [*case.params, *case.moments[0]]
+    assert not same_bits(run(emulated.ops, case)[: len(NUMELS)], case.params)
     skipped = emulated.on_every_schedule(lambda: run(emulated.ops, case, found_inf=1.0))
-    assert same_bits(skipped[:10], [*case.params, *case.moments[0]])
+    assert same_bits(skipped[: len(expected)], expected)
 
 
 def test_dtypes_may_differ_between_tensors_of_one_update(emulated):
-    cases = [Case(dtypes, [100]) for dtypes in DTYPE_PAIRS]
+    cases = [Case(dtypes, [100]) for dtypes in DTYPES]
     alone = [run_adam(emulated.ops, case) for case in cases]
-    together = Case(DTYPE_PAIRS[0], [])
+    together = Case(FLOAT, [])
     together.params = [case.params[0] for case in cases]
     together.moments = [[case.moments[k][0] for case in cases] for k in range(3)]
     together.forget, together.retain = [case.forget[0] for case in cases], [case.retain[0] for case in cases]
-    together.rows, together.steps = [0] * 6, torch.full((6,), 3.0)
+    together.scales = [(case.scales or case.retain)[0] for case in cases]  # Anything where nothing is int8.
+    together.rows, together.steps = [0] * len(cases), torch.full((len(cases),), 3.0)
     for i, tensors in enumerate(alone):
-        assert same_bits(run_adam(emulated.ops, together)[i::6], tensors)
+        assert same_bits(run_adam(emulated.ops, together)[i :: len(cases)], tensors)
 
 
 def test_no_tensors(emulated):
-    none = Case((torch.float32, torch.float32), [])
+    none = Case(FLOAT, [])
     none.rows = []
     assert run_adam(emulated.ops, none) == run_sgd(emulated.ops, none) == []
-    emulated.ops.multi_tensor_blend_([], [], none.coefficients, [])
+    emulated.ops.multi_tensor_blend_([], [], none.coefficients, [], [])
     empty = torch.empty(0)
     assert torch.equal(emulated.dots([empty], [empty], [0], 1), torch.zeros(1, 3, dtype=torch.float64))
 
@@ -164,15 +182,20 @@ def test_no_tensors(emulated):
     ("change", "message"),
     [
         pytest.param({"lr": torch.tensor(0.1)}, "`lr` must have 1 float64 elements", id="lr-in-float32"),
-        pytest.param({"steps": torch.ones(3)}, "`steps` must have 5 float32 elements", id="a-step-short"),
-        pytest.param({"rows": [0, 1, 2, 1, 1]}, r"`rows\[2\]` must be in \[0, 2\), got 2", id="row-out-of-range"),
-        pytest.param({"params": [torch.ones(1)] * 5}, r"`params\[1\]` must have 7 elements", id="wrong-size"),
-        pytest.param({"forget": []}, "must have one length, got 0, 5 and 5", id="lists-differ"),
+        pytest.param({"steps": torch.ones(3)}, "`steps` must have 9 float32 elements", id="a-step-short"),
+        pytest.param({"rows": [0, 1, 2, *[1] * 6]}, r"`rows\[2\]` must be in \[0, 2\), got 2", id="row-out-of-range"),
+        pytest.param({"params": [torch.ones(1)] * 9}, r"`params\[0\]` must have 16641 elements", id="wrong-size"),
+        pytest.param({"forget": []}, "must have one length, got 0, 9 and 9", id="lists-differ"),
+        pytest.param(
+            {"forget": [torch.ones(n, dtype=torch.int8) for n in NUMELS], "scales": [torch.ones(1)] * 9},
+            r"`scales\[0\]` must be a contiguous float32 tensor of 66 elements",
+            id="scales",
+        ),
         pytest.param({"coefficients": torch.ones(2, 2)}, "`coefficients` must be a contiguous float64", id="dtype"),
     ],
 )
 def test_arguments_are_checked(emulated, change, message):
-    case = Case((torch.float32, torch.float32), NUMELS)
+    case = Case(FLOAT, NUMELS)
     for name, value in change.items():
         setattr(case, name, value)
     with pytest.raises(RuntimeError, match=message):

@@ -48,7 +48,10 @@ MUTANTS = {
         "address", "device.cuh", "numel / N * N : 0", "(numel + N - 1) / N * N : 0", "heap-buffer-overflow"
     ),
     "misaligned-access": Mutant(
-        "address", "device.cuh", "| ...) & 15) == 0", "| ...) & 15) < 16", "misaligned address"
+        "address", "device.cuh", "(sizeof(Ts) * N) == 0)", "(sizeof(Ts) * N) >= 0)", "misaligned address"
+    ),
+    "scale-of-another-block": Mutant(
+        "plain", "device.cuh", "scales + i / kBlockSize", "scales + i / (2 * kBlockSize)", "the dots are wrong"
     ),
     "divergent-barrier": Mutant(
         "plain",
