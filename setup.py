@@ -5,6 +5,7 @@ one line of output and the package works on its pure PyTorch backend. BLUR_OPTIM
 which by default is compiled where nvcc is found and torch has CUDA.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -82,9 +83,17 @@ class Build(build_ext):
     """Compile with the C++ flags that the kernels' reproducibility needs; a failure leaves the package without them."""
 
     def build_extensions(self) -> None:
+        without_cuda = copy.deepcopy(self.extensions)
         try:
             self.add_cuda()
-            super().build_extensions()
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if CUDA == "1" or self.extensions[0].sources == without_cuda[0].sources:
+                    raise
+                print(f"blur_optim: the extension does not build with CUDA kernels: {error}.", file=sys.stderr)
+                self.extensions = without_cuda
+                super().build_extensions()
         except Exception as error:
             if "1" in (MODE, CUDA):
                 raise
