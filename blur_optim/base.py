@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
+from blur_optim.wrappers import is_engine
+
 
 def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
     """Return ``base(params, **kwargs)``, or ``base`` itself where it is an instance.
@@ -35,6 +37,12 @@ def check_base(base: object, own_names: Iterable[str]) -> None:
         raise TypeError(f"`base` must make a torch.optim.Optimizer, got {type(base).__name__}.")
     if isinstance(base, LBFGS):
         raise TypeError("`base` must step on p.grad without a closure of its own, which LBFGS needs.")
+    if is_engine(base):
+        raise TypeError(
+            f"`base` must step on p.grad, got {type(base).__name__}: this engine steps by itself, inside backward, on "
+            "gradients that it has collected from both losses. Use fully_shard, or DistributedDataParallel with "
+            "ZeroRedundancyOptimizer as base."
+        )
     clash = sorted(set(own_names) & base.defaults.keys())
     if clash:
         raise ValueError(

@@ -16,7 +16,7 @@ from blur_optim.base import supports_amp_scaling
 from blur_optim.distributed import to_local
 from blur_optim.gradients import Pair, PairedGradients
 from blur_optim.kernels import FusedBackend, select_backend
-from blur_optim.kernels.layout import is_dense
+from blur_optim.kernels.layout import dense_alike, is_dense
 from blur_optim.projection import Projection, block_scales
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,10 +29,9 @@ def why_not_fused(base: Optimizer, gradients: PairedGradients, backend: str | No
         return f"{type(base).__name__} has no fused update"
     if _has_step_hooks(base) or "step" in base.__dict__:
         return "a hook or a wrapper of step may look at p.grad"
-    devices = {pair.device for pair in gradients.pairs}
-    if len(devices) != 1:
+    if len(gradients.devices) != 1:
         return "the parameters are on several devices, or none has a gradient"
-    chosen = select_backend(backend, devices.pop())
+    chosen = select_backend(backend, gradients.device)
     if not hasattr(chosen, "fused_adamw_"):
         return "the backend has no fused update"
     if any(_group_needs_base(group) for group in base.param_groups):
@@ -163,23 +162,18 @@ def _group_needs_base(group: dict[str, Any]) -> bool:
 def _fits(pair: Pair, state: Mapping[str, Any]) -> bool:
     """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
     p = to_local(pair.param)
-    dtype = p.dtype
-    forget, retain = pair.forget, pair.retain
+    dtype, forget, retain = p.dtype, pair.forget, pair.retain
     if dtype not in _FLOATS or (
         retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in (torch.bfloat16, torch.float16))
     ):
         return False
-    contiguous = p.is_contiguous()
-    if not contiguous and not is_dense(p):
-        return False
-    others = [retain] if retain.numel() else []
-    if forget.numel():
-        others.append(forget)
-    for name in _MOMENTS:
-        moment = state.get(name)
-        if moment is not None:
-            moment = to_local(moment)
-            if moment.dtype != dtype:
-                return False
-            others.append(moment)
-    return all((contiguous and t.is_contiguous()) or t.stride() == p.stride() for t in others)
+    moments = [to_local(state[name]) for name in _MOMENTS if state.get(name) is not None]
+    contiguous = p.is_contiguous() and forget.is_contiguous() and retain.is_contiguous()
+    for moment in moments:
+        if moment.dtype != dtype:
+            return False
+        contiguous = contiguous and moment.is_contiguous()
+    if contiguous:
+        return True
+    others = [grad for grad in (forget, retain) if grad.numel()] + moments
+    return is_dense(p) and all(dense_alike(p, t) for t in others)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from blur_optim.distributed import Ranks, like, settle_gradient, to_local
+from blur_optim.distributed import Ranks, is_dtensor, like, settle_gradient, to_local
 from blur_optim.stash import Stash, Stashed, real
 
 #: Bytes of forget gradients that are brought back from another device at a time; a single larger one is alone.
@@ -66,47 +67,87 @@ class Rows:
             rows.alphas += [float(group["retain_weight"])] * count
         return rows
 
+    @property
+    def device(self) -> torch.device:
+        """Where a rank computes that has no gradient at all, beside others that have."""
+        return to_local(self.members[0][0]).device if self.members else torch.device("cpu")
+
+    def facts(self, ranks: Ranks, has_forget: Callable[[Tensor], bool], has_retain: Callable[[Tensor], bool]) -> str:
+        """What has to be the same on all ``ranks``, in words, for :meth:`Ranks.sum_`; empty where there is one rank."""
+        if not ranks.are_many:
+            return ""
+        params = [p for p, _, _ in self.members]
+        weights = f"gamma {sorted(set(self.gammas))}, retain_weight {sorted(set(self.alphas))}"
+        if not ranks.see_the_same_gradients:
+            return f"{len(params)} parameters, {weights}"
+        forget, retain = ([i for i, p in enumerate(params) if has(p)] for has in (has_forget, has_retain))
+        size = sum(p.numel() for p in params)
+        everywhere = len(forget) == len(retain) == len(params)
+        missing = "all of them" if everywhere else f"in the forget phase {forget}, in the retain phase {retain}"
+        return f"{len(params)} parameters of {size} elements, gradients of {missing}; {weights}"
+
 
 @dataclass
 class PairedGradients:
-    """All pairs of a step in the order of the param groups, their rows, and the ranks that hold the other shards."""
+    """All pairs of a step in the order of the param groups, their rows, and the ranks that hold the other shards.
+
+    Args:
+        facts: what has to be the same on all ranks; empty where there is one.
+    """
 
     pairs: list[Pair]
     rows: Rows
     ranks: Ranks
+    facts: str = ""
 
     @property
     def device(self) -> torch.device:
         """Where the rows' results are computed."""
-        return self.pairs[0].device if self.pairs else torch.device("cpu")
+        if self.pairs:
+            return self.pairs[0].device
+        return self.rows.device
 
     def batches(self, group: int | None = None) -> Iterator[tuple[torch.device, float, list[Pair]]]:
         """The pairs (of one param group) by device and weight, in lists that one kernel call takes.
 
         Forget gradients that wait elsewhere are on the device of their pair for as long as a list is in use.
         """
-        pairs = [pair for pair in self.pairs if group is None or pair.group == group]
-        kinds: dict[tuple[torch.device, float], list[Pair]] = {}
-        for pair in pairs:
-            kinds.setdefault((pair.device, pair.weight), []).append(pair)
-        for (device, weight), mine in kinds.items():
+        for (device, weight), pairs in self._kinds.items():
+            mine = pairs if group is None else [pair for pair in pairs if pair.group == group]
             for piece in _pieces(mine):
                 yield device, weight, piece
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[torch.device, float], list[Pair]]:
+        kinds: dict[tuple[torch.device, float], list[Pair]] = {}
+        for pair in self.pairs:
+            kinds.setdefault((pair.device, pair.weight), []).append(pair)
+        return kinds
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {device for device, _ in self._kinds}
+
+    def clear(self) -> None:
+        """Let go of all gradients."""
+        self.pairs.clear()
+        self._kinds.clear()
 
 
 def check_gradients(param_groups: Sequence[dict[str, Any]]) -> None:
     """Refuse gradients that the kernels cannot take, before anything is done with them.
 
     Raises:
-        TypeError: a gradient is sparse.
+        TypeError: a gradient is sparse, or distributed otherwise than its parameter.
     """
     for group_index, group in enumerate(param_groups):
         for index, p in enumerate(group["params"]):
             grad = p.grad
-            if grad is None or (type(grad) is Tensor and grad.layout == torch.strided):
+            if grad is None or (type(grad) is Tensor and grad.layout == torch.strided and not is_dtensor(p)):
                 continue
-            check_dense(grad, f'param_groups[{group_index}]["params"][{index}]')
-            settle_gradient(p)
+            name = f'param_groups[{group_index}]["params"][{index}]'
+            check_dense(grad, name)
+            settle_gradient(p, name)
 
 
 def check_dense(grad: Tensor, name: str) -> None:
@@ -124,7 +165,8 @@ def pair_gradients(rows: Rows, stash: Stash, ranks: Ranks) -> PairedGradients:
         RuntimeError: a retain gradient lies in the memory of a stashed one.
     """
     stash.settle()
-    result = PairedGradients([], rows, ranks)
+    facts = rows.facts(ranks, lambda p: stash.get(p) is not None, lambda p: p.grad is not None)
+    result = PairedGradients([], rows, ranks, facts)
     for p, row, group in rows.members:
         stashed = stash.pop(p)
         if stashed is None and p.grad is None:
@@ -156,8 +198,9 @@ def _two_gradients(param: Tensor, stashed: Stashed | None) -> tuple[Tensor, Tens
 
 def _pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
     """The pairs as they are where all forget gradients are at hand, else in pieces that are brought to the device."""
-    if all(pair.forget.device == pair.device for pair in pairs):
-        yield pairs
+    if all(pair.forget.is_cpu == pair.retain.is_cpu for pair in pairs):
+        if pairs:
+            yield pairs
         return
     bytes_before = 0
     numbers = []

@@ -20,6 +20,7 @@ from blur_optim.recompute import recompute
 from blur_optim.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
 from blur_optim.stash import STASHES
 from blur_optim.statistics import StepStatistics
+from blur_optim.wrappers import Wrappers, drop_held_back, holds_back
 
 Closure = Callable[[], Any]
 SCOPES = ("global", "group", "parameter")
@@ -54,7 +55,8 @@ class BLUR(Optimizer):
         stash: where the forget gradients wait: ``"reference"`` as they are, ``"bfloat16"`` or ``"int8"`` compressed,
             ``"cpu"`` in host memory, ``"recompute"`` by evaluating the retain closure twice; see docs/memory.md.
         backend: kernels to use, see :mod:`blur_optim.kernels.select`; None takes the default.
-        **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ...
+        **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ... Where ``base`` has an argument of a name
+            above (``max_grad_norm``, ``normalize``), bind it: ``base=functools.partial(Base, max_grad_norm=1.0)``.
 
     Raises:
         TypeError: ``base`` is not an optimizer, or needs a closure of its own.
@@ -132,6 +134,7 @@ class BLUR(Optimizer):
         if forget is None or retain is None:
             with self._abandoning_on_error():
                 self._phases.check_step()
+                self._check_is_update()
                 self._base_step()
             return None
         self._drop_zeros()
@@ -142,11 +145,12 @@ class BLUR(Optimizer):
             forget_loss = self._evaluate(forget, "forget", self._has_gradients)
         with self._abandoning_on_error():
             self._phases.begin_retain(self._has_gradients())
+            self._wrappers.begin(self._params())
             if self.stash == "recompute":
                 retain_loss, gradients, projection = self._recompute(retain)
             else:
                 retain_loss = self._evaluate(retain, "retain", self._has_gradients)
-                self._phases.end_retain()
+                self._end_retain()
                 gradients, projection = self._project(None)
             self._update(gradients, projection)
             del gradients
@@ -174,8 +178,10 @@ class BLUR(Optimizer):
         self._drop_zeros()
         with self._abandoning_on_error():
             self._phases.begin_forget(self._has_gradients())
+            self._wrappers.begin(self._params())
             yield
             self._phases.end_forget()
+            self._wrappers.end(self._params(), "forget")
             check_gradients(self.param_groups)
             self._stash.take(self._params())
 
@@ -195,8 +201,9 @@ class BLUR(Optimizer):
         """
         with self._abandoning_on_error():
             self._phases.begin_retain(self._has_gradients())
+            self._wrappers.begin(self._params())
             yield
-            self._phases.end_retain()
+            self._end_retain()
             with torch.no_grad():
                 gradients, projection = self._project(grad_scale)
                 blend_(gradients, projection.coefficients, self.backend)
@@ -242,6 +249,7 @@ class BLUR(Optimizer):
         """Reset the gradients. Outside a phase this also discards forget gradients that wait for their retain phase."""
         self.base.zero_grad(set_to_none)
         if not self._phases.is_open:
+            drop_held_back(self._params())
             self._end_step()
             self._zeros = [(p.grad, p.grad._version) for p in self._params() if p.grad is not None]
 
@@ -272,7 +280,18 @@ class BLUR(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A step that a learning-rate scheduler wrapped is a closure over this object; torch drops it too.
-        per_step = ("_phases", "_stash", "_found_inf", "_scale_needed", "_zeros", "_last", "_witness", "step")
+        per_step = (
+            "_phases",
+            "_ranks",
+            "_wrappers",
+            "_stash",
+            "_found_inf",
+            "_scale_needed",
+            "_zeros",
+            "_last",
+            "_witness",
+            "step",
+        )
         return {name: value for name, value in self.__dict__.items() if name not in per_step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -298,7 +317,7 @@ class BLUR(Optimizer):
     def _evaluate(self, closure: Closure, name: str, has_gradients: Callable[[], bool]) -> Any:
         with torch.enable_grad():
             loss = closure()
-            missing = loss is not None and not has_gradients()
+            missing = loss is not None and not has_gradients() and not holds_back(self._params())
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
                 missing = False
@@ -313,14 +332,14 @@ class BLUR(Optimizer):
     def _project(self, grad_scale: GradScaler | Tensor | float | None) -> tuple[PairedGradients, Projection]:
         """Take the coefficients from the gradients of both phases; what is left is to apply them."""
         check_gradients(self.param_groups)
-        ranks = Ranks(self._params())
+        self._ranks.update(self._params())
         # Every rank needs the same rows, also where a parameter has no gradient on this one.
         rows = Rows.of(
             self.param_groups,
-            lambda p: ranks.is_many or p.grad is not None or self._stash.get(p) is not None,
+            lambda p: self._ranks.are_many or p.grad is not None or self._stash.get(p) is not None,
             self.scope == "parameter",
         )
-        gradients = pair_gradients(rows, self._stash, ranks)
+        gradients = pair_gradients(rows, self._stash, self._ranks)
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
@@ -331,6 +350,7 @@ class BLUR(Optimizer):
         return gradients, projection
 
     def _recompute(self, retain: Closure) -> tuple[Any, PairedGradients, Projection]:
+        self._ranks.update(self._params())
         loss, gradients, projection, applied = recompute(
             lambda has_gradients: self._evaluate(retain, "retain", has_gradients),
             self.param_groups,
@@ -338,11 +358,15 @@ class BLUR(Optimizer):
             self._settings(),
             not self.normalize and self.rule in RETAIN_NORM_FREE,
             self.scope == "parameter",
-            Ranks(self._params()),
+            self._ranks,
         )
-        self._phases.end_retain()
+        self._end_retain()
         self._record(gradients, projection)
         return loss, gradients, applied
+
+    def _end_retain(self) -> None:
+        self._phases.end_retain()
+        self._wrappers.end(self._params(), "retain")
 
     def _settings(self) -> Projector:
         rule = _make_rule(self.rule, self.normalize)
@@ -360,7 +384,7 @@ class BLUR(Optimizer):
             fused_step(self.base, gradients, projection, self.backend)
             return
         blend_(gradients, projection.coefficients, self.backend)
-        gradients.pairs.clear()  # The forget gradients: the base's step must not find them in memory.
+        gradients.clear()  # The forget gradients: the base's step must not find them in memory.
         self._base_step()
 
     def _base_step(self) -> None:
@@ -379,13 +403,21 @@ class BLUR(Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._params())
+        return any(p.grad is not None for p in self._params()) or holds_back(self._params())
 
     def _check_no_scaler(self) -> None:
         if "grad_scale" in self.__dict__:
             raise RuntimeError(
                 "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in "
                 "`with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
+            )
+
+    def _check_is_update(self) -> None:
+        # Without a gradient in either phase there is no update: what is in p.grad has come from somewhere else.
+        if self._phases.current is Phase.PROJECTED and self._witness is None and self._has_gradients():
+            raise RuntimeError(
+                "opt.step() must find in p.grad what the phases left there, nothing, got gradients. An engine that "
+                "collects gradients in buffers of its own, such as DeepSpeed, has put both phases into one."
             )
 
     def _drop_zeros(self) -> None:
@@ -404,6 +436,7 @@ class BLUR(Optimizer):
 
     def _begin(self) -> None:
         self._phases = Phases()
+        self._ranks, self._wrappers = Ranks(), Wrappers()
         self._stash = STASHES[self.stash]()
         self._last = None
         self._end_step()
@@ -419,6 +452,7 @@ class BLUR(Optimizer):
         """Drop every gradient, stashed or not, and with them the step."""
         for p in self._params():
             p.grad = None
+        drop_held_back(self._params())
         self._end_step()
 
     @contextmanager

@@ -62,7 +62,11 @@ class Phases:
     def check_step(self) -> None:
         """A step on ``p.grad`` is in order: the update is there, or no phase has begun and it is a plain base step."""
         if self.is_open:
-            self._refuse("opt.step()", "Step after the phase is closed.")
+            self._refuse(
+                "opt.step()",
+                "Step after the phase is closed. An engine that steps inside its backward (DeepSpeed, also under "
+                "accelerate) cannot hold the two gradients apart: use fully_shard or DistributedDataParallel.",
+            )
         if self.current is Phase.STASHED:
             self._refuse(
                 "opt.step()", "Run `with opt.retain()` before it (an empty one, if there is nothing to retain)."
@@ -83,6 +87,6 @@ class Phases:
 
     def _refuse(self, call: str, remedy: str) -> NoReturn:
         raise RuntimeError(
-            f"{call} cannot run now: {self.current.value}. {remedy} (The gradients of this step have been discarded, so "
+            f"{call} cannot run now: {self.current.value}. {remedy} (The gradients of this step have been discarded; "
             "the next one can begin.)"
         )

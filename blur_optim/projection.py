@@ -59,7 +59,7 @@ def project(gradients: PairedGradients, settings: Projector, grad_scale: Tensor 
 
     No host synchronisation. One all-reduce where parameters are sharded.
     """
-    table = gradients.ranks.sum_(take_dots(gradients, settings.backend))
+    table = gradients.ranks.sum_(take_dots(gradients, settings.backend), gradients.facts)
     return solve(table, gradients.rows, settings, grad_scale)
 
 

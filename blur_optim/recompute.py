@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 from blur_optim.distributed import Ranks, settle_gradient, to_local
 from blur_optim.gradients import PairedGradients, Rows, check_dense, pair_gradients
@@ -54,13 +55,21 @@ def recompute(
 
     Raises:
         TypeError: a gradient is float16, whose range a / b times it may leave.
-        RuntimeError: the closure is not repeatable, or accumulates under a rule that needs the norm first.
+        RuntimeError: the closure is not repeatable, or accumulates under a rule that needs the norm first; or a wrapper
+            reduces gradients after backward has accumulated them.
     """
     params = [p for group in param_groups for p in group["params"]]
+    if not ranks.see_the_same_gradients:
+        raise RuntimeError(
+            "`stash` must not be 'recompute' under FullyShardedDataParallel, whose parameters get their gradients "
+            "after backward's hooks. Use fully_shard, or stash='int8'."
+        )
     measured = _Measured(stash, settings.backend)
     before = _random_states(params)
     with _after_each_gradient(params, measured.take):
         loss = evaluate(lambda: bool(measured.dots))
+    _check_final(params)
+    with_retain = set(measured.dots)
     measured.take_forget_alone(params)
     after = _random_states(params)
     if measured.repeated and not norm_free:
@@ -69,8 +78,9 @@ def recompute(
             "their sum, which is never in memory as a whole. Use stash='int8', or one backward pass."
         )
 
-    rows = Rows.of(param_groups, lambda p: ranks.is_many or p in measured.dots, per_parameter)
-    table = ranks.sum_(measured.table(rows, ranks))
+    rows = Rows.of(param_groups, lambda p: ranks.are_many or p in measured.dots, per_parameter)
+    facts = rows.facts(ranks, lambda p: stash.get(p) is not None, with_retain.__contains__)
+    table = ranks.sum_(measured.table(rows, ranks), facts)
     # The norm of a sum is known after the second evaluation.
     projection = solve(table, rows, replace(settings, max_grad_norm=None) if measured.repeated else settings)
     b = torch.where(projection.b == 0, projection.a.abs() * _SMALLEST_SHARE, projection.b)
@@ -81,10 +91,12 @@ def recompute(
     backwards: list[Tensor] = []
     with _after_each_gradient(params, backwards.append):
         again = evaluate(lambda: bool(backwards))
+    for p in params:
+        settle_gradient(p, "a parameter")
     _check_repeated(loss, again, after, _random_states(params))
     gradients = pair_gradients(rows, stash, ranks)
     if measured.repeated:
-        summed = ranks.sum_(take_dots(gradients, settings.backend))[:, 2]
+        summed = ranks.sum_(take_dots(gradients, settings.backend), facts)[:, 2]
         projection = clipped(_with_retain_norm(projection, summed, share), settings.max_grad_norm)
         b = torch.where(projection.b == 0, projection.a.abs() * _SMALLEST_SHARE, projection.b)
     return Recomputed(loss, gradients, projection, replace(projection, b=b))
@@ -104,7 +116,7 @@ class _Measured:
         """Dot ``param.grad`` with the forget gradient and drop it. Backward calls this."""
         assert param.grad is not None
         check_dense(param.grad, "a parameter")
-        settle_gradient(param)
+        settle_gradient(param, "a parameter")
         retain = real(to_local(param.grad))
         param.grad = None
         dots = self._dots(self._forget(param, retain), retain)
@@ -123,7 +135,7 @@ class _Measured:
     def table(self, rows: Rows, ranks: Ranks) -> Tensor:
         """``[rows, 3]``: this rank's part."""
         found: list[list[Tensor]] = [[] for _ in rows.gammas]
-        device = next(iter(self.dots.values())).device if self.dots else torch.device("cpu")
+        device = next(iter(self.dots.values())).device if self.dots else rows.device
         for p, row, _ in rows.members:
             if p in self.dots:
                 found[row].append(self.dots[p].to(device, non_blocking=True) * ranks.weight(p))
@@ -150,6 +162,15 @@ def _with_retain_norm(projection: Projection, summed: Tensor, share: Tensor) -> 
     dots = projection.dots
     known = share.square() * dots.forget_norm_sq + 2 * share * dots.retain_forget
     return replace(projection, dots=Dots(dots.retain_forget, dots.forget_norm_sq, (summed - known).clamp(min=0)))
+
+
+def _check_final(params: Iterable[Tensor]) -> None:
+    """Notice a wrapper that writes gradients after the hooks have measured and dropped what was there."""
+    if any(p.grad is not None for p in params):
+        raise RuntimeError(
+            "The retain gradients must be final when backward accumulates them with stash='recompute', got some that "
+            "were written afterwards, as DistributedDataParallel averages them. Use stash='int8', or fully_shard."
+        )
 
 
 @contextmanager
@@ -181,6 +202,8 @@ def _check_repeated(
     loss: Any, again: Any, after: dict[torch.device, Tensor], after_again: dict[torch.device, Tensor]
 ) -> None:
     """Notice a closure that computes something else the second time, such as the loss of the next batch."""
+    if active_fake_mode() is not None:
+        return  # Fake tensors have no values to compare.
     if not all(torch.equal(after[device], after_again[device]) for device in after):
         found = "it drew other random numbers"
     elif _differ(loss, again):

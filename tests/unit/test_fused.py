@@ -221,7 +221,7 @@ ONLY_THE_BASE = [{"capturable": True}, {"differentiable": True}, TENSOR_BETAS]
 def test_groups_that_only_the_base_can_step(change):
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    gradients = PairedGradients([Pair(p, p.grad, p.grad, 0, 0)], Rows([(p, 0, 0)], [1.0], [1.0]), Ranks([p]))
+    gradients = PairedGradients([Pair(p, p.grad, p.grad, 0, 0)], Rows([(p, 0, 0)], [1.0], [1.0]), Ranks())
     base = AdamW([p])
     assert fused.why_not_fused(base, gradients, "native") == ""
     base.param_groups[0].update(change)
@@ -231,7 +231,7 @@ def test_groups_that_only_the_base_can_step(change):
 def test_a_state_of_another_dtype_takes_the_plain_path():
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    gradients = PairedGradients([Pair(p, p.grad, p.grad, 0, 0)], Rows([(p, 0, 0)], [1.0], [1.0]), Ranks([p]))
+    gradients = PairedGradients([Pair(p, p.grad, p.grad, 0, 0)], Rows([(p, 0, 0)], [1.0], [1.0]), Ranks())
     base = AdamW([p])
     base.state[p] = {
         "step": torch.tensor(1.0),

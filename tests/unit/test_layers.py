@@ -33,6 +33,7 @@ LAYERS = [
     "losses.log_prob_file",
     "losses.stored_log_probs",
     "losses",
+    "wrappers",
     "distributed",
     "stash",
     "gradients",
@@ -45,6 +46,13 @@ LAYERS = [
     "env",
     "optimizer",
     "",
+    "integrations",
+    "integrations.pairs",
+    "integrations.objectives",
+    "integrations.trainer_step",
+    "integrations.transformers",
+    "integrations.open_unlearning",
+    "integrations.lightning",
 ]
 
 
@@ -86,7 +94,7 @@ def test_the_optimizer_is_found_to_import_the_rules():
 def test_importing_is_light():
     code = (
         "import sys, torch; before = set(sys.modules); import blur_optim; "
-        "heavy = {'triton', 'transformers', 'peft', 'numpy', 'torch.distributed.tensor', 'torch._dynamo'}; "
+        "heavy = {'triton', 'transformers', 'peft', 'lightning', 'accelerate', 'numpy', 'torch.distributed.tensor', 'torch._dynamo'}; "
         "new = {m for m in set(sys.modules) - before if m in heavy}; "
         "assert not new, new; assert not torch.cuda.is_initialized()"
     )

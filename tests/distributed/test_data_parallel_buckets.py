@@ -1,4 +1,4 @@
-"""BLUR around DistributedDataParallel: gradients that live in DDP's buckets are not overwritten while they wait."""
+"""Gradients in the buckets of DistributedDataParallel are not overwritten while they wait. One rank shows it."""
 
 import copy
 from contextlib import nullcontext
@@ -7,8 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from helpers import ROWS, Problem, assert_params_close, assert_same_bits, snapshot, step_by_closures, step_by_phases
+from helpers import Problem, assert_same_bits, snapshot, step_by_closures, step_by_phases
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -18,7 +17,6 @@ import blur_optim.stash
 from blur_optim import BLUR
 
 STEPS = 5  # DDP moves the gradients into its buckets in the second step: the first is right in any case.
-RANKS = 2
 
 
 @pytest.fixture(scope="module")
@@ -162,33 +160,3 @@ def test_without_copy_and_check_the_result_would_be_wrong_without_a_sign(monkeyp
         step_by_phases(twin_opt, twin)
     difference = max((p - q).abs().max() for p, q in zip(problem.params, twin.params, strict=True))
     assert difference > 1e-2
-
-
-def train_one_of_two(rank, folder):
-    """What each rank does: its half of the rows, averaged by DDP; the result is left in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    result = {}
-    for as_view in (False, True):
-        problem, opt = make_parallel(gradient_as_bucket_view=as_view)
-        for _ in range(STEPS):
-            opt.step(
-                lambda p=problem: RANKS * p.forget_loss(rank, RANKS),
-                lambda p=problem: RANKS * p.retain_loss(rank, RANKS),
-            )
-        result[as_view] = [p.detach() for p in problem.params]
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.barrier()  # Neither leaves while the other may still talk to it.
-    dist.destroy_process_group()
-
-
-def test_two_ranks_equal_one_process_on_all_rows(tmp_path):
-    assert ROWS % RANKS == 0
-    torch.multiprocessing.spawn(train_one_of_two, args=(str(tmp_path),), nprocs=RANKS)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
-    problem, opt = make()
-    for _ in range(STEPS):
-        step_by_phases(opt, problem)
-    for as_view in (False, True):
-        assert all(torch.equal(p, q) for p, q in zip(first[as_view], second[as_view], strict=True))  # No drift.
-        assert_params_close(first[as_view], [p.detach() for p in problem.params], rtol=1e-12, atol=1e-13)

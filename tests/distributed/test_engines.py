@@ -1,0 +1,98 @@
+"""Engines that collect gradients themselves and step inside backward are refused, not trained on the wrong sum."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from helpers import Problem
+from torch.optim import SGD, Optimizer
+
+from blur_optim import BLUR
+
+
+class EngineOptimizer(SGD):
+    __module__ = "deepspeed.runtime.zero.stage_1_and_2"
+
+
+class FusedAdam(SGD):
+    __module__ = "deepspeed.ops.adam.fused_adam"
+
+
+def test_the_optimizer_of_an_engine_as_base():
+    problem = Problem()
+    wrapped = object.__new__(DeepSpeedOptimizerWrapper)  # Its __init__ wants an Accelerator.
+    assert isinstance(wrapped, Optimizer)
+    for base in (EngineOptimizer(problem.params, lr=0.1), wrapped):
+        with pytest.raises(TypeError, match=r"`base` must step on p\.grad, got .* steps by itself, inside backward"):
+            BLUR(base=base)
+
+
+def test_a_plain_optimizer_that_comes_with_an_engine_is_one_like_others():
+    problem = Problem()
+    opt = BLUR(problem.params, FusedAdam, lr=0.1)
+    opt.step(problem.forget_loss, problem.retain_loss)
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_parameters_that_an_engine_manages(mark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    problem = Problem()
+    opt = BLUR(problem.params, SGD, lr=0.1)
+    setattr(problem.params[1], mark, object())
+    with (
+        pytest.raises(RuntimeError, match=r"must be left in p\.grad, got parameters that DeepSpeed manages"),
+        opt.forget(),
+    ):
+        pass
+    with pytest.raises(RuntimeError, match=r"must be left in p\.grad"):
+        opt.step(problem.forget_loss, problem.retain_loss)
+
+
+class Engine:
+    """What DeepSpeed does: gradients go to buffers of its own, and come back at its step."""
+
+    def __init__(self, problem, opt):
+        self.params, self.opt = problem.params, opt
+        self.buffers = [torch.zeros_like(p) for p in problem.params]
+
+    def backward(self, loss, step=False):
+        loss.backward()
+        for p, buffer in zip(self.params, self.buffers, strict=True):
+            buffer += p.grad
+            p.grad = None
+        if step:
+            self.step()
+
+    def step(self):
+        for p, buffer in zip(self.params, self.buffers, strict=True):
+            p.grad = buffer
+        self.opt.step()
+
+
+def test_an_engine_that_steps_inside_backward():
+    problem = Problem()
+    opt = BLUR(problem.params, SGD, lr=0.1)
+    before = [p.detach().clone() for p in problem.params]
+    engine = Engine(problem, opt)
+    with (
+        pytest.raises(RuntimeError, match=r"the forget phase is open.*steps inside its backward \(DeepSpeed"),
+        opt.forget(),
+    ):
+        engine.backward(problem.forget_loss(), step=True)
+    assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
+
+
+def test_an_engine_that_steps_after_both_phases():
+    problem = Problem()
+    opt = BLUR(problem.params, SGD, lr=0.1)
+    before = [p.detach().clone() for p in problem.params]
+    engine = Engine(problem, opt)
+    with opt.forget():
+        engine.backward(problem.forget_loss())
+    with opt.retain():
+        engine.backward(problem.retain_loss())
+    with pytest.raises(RuntimeError, match=r"what the phases left there, nothing, got gradients.*DeepSpeed"):
+        engine.step()
+    assert all(torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
