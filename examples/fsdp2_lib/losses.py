@@ -1,0 +1,38 @@
+"""The two losses of a micro-batch, scaled so that their sums over micro-batches and means over processes are exact."""
+
+import argparse
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blur_optim.losses import ga_loss, nll_loss, npo_loss, sequence_log_probs, simnpo_loss, token_counts
+
+from .data import Batch, MicroBatch
+
+Loss = Callable[[MicroBatch], Tensor]
+Reference = Callable[[Batch], Tensor]  # [B]: log-probabilities of the model before it forgot
+
+
+def make_losses(model: PreTrainedModel, reference: Reference | None, options: argparse.Namespace) -> tuple[Loss, Loss]:
+    """Return the forget and the retain loss. Some are means over tokens, others over sequences."""
+
+    def logits_of(part: MicroBatch) -> Tensor:
+        return model(input_ids=part.batch["input_ids"], use_cache=False).logits
+
+    def retain(part: MicroBatch) -> Tensor:
+        return part.token_share * nll_loss(logits_of(part), part.batch["labels"])
+
+    def ascent(part: MicroBatch) -> Tensor:
+        return part.token_share * ga_loss(logits_of(part), part.batch["labels"])
+
+    def npo(part: MicroBatch) -> Tensor:
+        log_probs = sequence_log_probs(logits_of(part), part.batch["labels"])
+        return part.example_share * npo_loss(log_probs, reference(part.batch), options.beta or 0.1)
+
+    def simnpo(part: MicroBatch) -> Tensor:
+        labels = part.batch["labels"]
+        log_probs = sequence_log_probs(logits_of(part), labels)
+        return part.example_share * simnpo_loss(log_probs, token_counts(labels), options.beta or 2.5)
+
+    return {"npo": npo, "ga": ascent, "simnpo": simnpo}[options.forget_loss], retain
