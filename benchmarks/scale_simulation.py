@@ -11,13 +11,12 @@ import torch.distributed as dist
 from scale_methods import METHODS, Problem
 from scale_models import Case, build
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import blur_optim.gradients
-from blur_optim.distributed import Ranks, to_local
+from blur_optim.distributed import to_local
 from blur_optim.kernels import blocks
 from blur_optim.stash import STASHES, Stash, Stashed
 
@@ -62,7 +61,7 @@ def simulate(case: Case, on_cpu: bool = False) -> Peak:
     dist.init_process_group("fake", rank=0, world_size=case.ranks, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (case.ranks,))
-        with kind(), _without_values(), FakeTensorMode():
+        with kind(), FakeTensorMode():
             return count(case, mesh, tracker)
     finally:
         dist.destroy_process_group()
@@ -103,22 +102,3 @@ def _as_on_a_gpu() -> Iterator[None]:
     """Let BLUR take the sizes and ways that it takes on a GPU; the fake tensors say that they are on the CPU."""
     with patch.dict(STASHES, {"cpu": ElsewhereStash}), patch.object(blocks, "CPU_SLAB_SIZE", blocks.SLAB_SIZE):
         yield
-
-
-@contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    """Leave out what reads values or addresses on the host. It allocates nothing."""
-    with (
-        patch.object(blur_optim.gradients, "_check_distinct", lambda forget, retain: None),
-        patch.object(Ranks, "_judge", lambda self, agree, facts: None),
-        patch.object(Ranks, "_use_meshes", _on_real_meshes(Ranks._use_meshes)),
-    ):
-        yield
-
-
-def _on_real_meshes(use_meshes):
-    def inside(self: Ranks, meshes: list[DeviceMesh]) -> None:
-        with unset_fake_temporarily():  # A mesh is a tensor of ranks, made before.
-            use_meshes(self, meshes)
-
-    return inside

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 from blur_optim.wrappers import fsdp1_handles, fsdp1_ids
 
@@ -166,8 +167,10 @@ class Ranks:
 
     def _use_meshes(self, meshes: list[Any]) -> None:
         import torch.distributed as dist
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-        roots = {tuple(sorted(root.mesh.flatten().tolist())): root for root in (m._get_root_mesh() for m in meshes)}
+        with unset_fake_temporarily():  # A mesh is a tensor of ranks, made before.
+            roots = {tuple(sorted(root.mesh.flatten().tolist())): root for root in (m._get_root_mesh() for m in meshes)}
         if len(roots) > 1:
             raise ValueError(
                 f"The parameters must lie on slices of one DeviceMesh, got meshes of ranks {sorted(roots)}. Whether "
@@ -201,6 +204,8 @@ class Ranks:
             )
 
     def _judge(self, agree: Tensor, facts: str) -> None:
+        if active_fake_mode() is not None:
+            return  # Fake tensors have no values.
         if agree.device.type == "cpu":
             if not agree:
                 _refuse_to_differ(facts)

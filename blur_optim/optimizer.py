@@ -20,7 +20,7 @@ from blur_optim.recompute import recompute
 from blur_optim.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
 from blur_optim.stash import STASHES
 from blur_optim.statistics import StepStatistics
-from blur_optim.wrappers import Wrappers, drop_held_back, holds_back
+from blur_optim.wrappers import Wrappers, drop_held_back, holds_back, is_gathered
 
 Closure = Callable[[], Any]
 SCOPES = ("global", "group", "parameter")
@@ -60,7 +60,7 @@ class BLUR(Optimizer):
 
     Raises:
         TypeError: ``base`` is not an optimizer, or needs a closure of its own.
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or ``params`` are copies that FSDP2 has gathered for a forward pass.
     """
 
     _last: Projection | None
@@ -96,6 +96,11 @@ class BLUR(Optimizer):
         self.base = make_base(params, base, base_kwargs)
         self._own_defaults = {"gamma": gamma, "retain_weight": retain_weight}
         check_base(self.base, self._own_defaults)
+        if is_gathered(self._params()):
+            raise ValueError(
+                "`params` must be the sharded parameters, got copies that FSDP has gathered for a forward pass. "
+                "Call reshard() on the model first, or make BLUR before the first forward."
+            )
         for device in {p.device for p in self._params()}:
             select_backend(backend, device)
         self._install_defaults()

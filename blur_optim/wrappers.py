@@ -97,6 +97,15 @@ def holds_back(params: Iterable[Tensor]) -> bool:
     )
 
 
+def is_gathered(params: Iterable[Tensor]) -> bool:
+    """Whether some of ``params`` are FSDP2's copies for one forward, which it drops again."""
+    if _COMPOSABLE not in sys.modules:
+        return False
+    ids = {id(p) for p in params}
+    copies = (getattr(f, "_unsharded_param", None) for group in _all_fsdp2_groups() for f in group.fsdp_params)
+    return any(id(copy) in ids for copy in copies if copy is not None)
+
+
 def drop_held_back(params: Iterable[Tensor]) -> None:
     """Drop what FSDP2 holds back, as ``p.grad = None`` drops the rest."""
     for group in _fsdp2_groups(params):
@@ -140,14 +149,18 @@ def _fsdp2_groups(params: Iterable[Tensor]) -> Iterator[Any]:
     if _COMPOSABLE not in sys.modules:
         return
     ids = {id(p) for p in params if hasattr(p, "to_local")}
-    for ref in list(sys.modules[_COMPOSABLE]._module_state_mapping.values()) if ids else ():
+    for group in _all_fsdp2_groups() if ids else ():
+        if any(id(f.sharded_param) in ids for f in group.fsdp_params):
+            yield group
+
+
+def _all_fsdp2_groups() -> Iterator[Any]:
+    for ref in list(sys.modules[_COMPOSABLE]._module_state_mapping.values()):
         state = ref()
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # Before there could be several.
             groups = [getattr(state, "_fsdp_param_group", None)]
-        for group in groups:
-            if any(id(f.sharded_param) in ids for f in getattr(group, "fsdp_params", ())):
-                yield group
+        yield from (group for group in groups if hasattr(group, "fsdp_params"))
 
 
 def _reduces(ddp: Any, ids: set[int]) -> bool:

@@ -160,3 +160,18 @@ def test_without_copy_and_check_the_result_would_be_wrong_without_a_sign(monkeyp
         step_by_phases(twin_opt, twin)
     difference = max((p - q).abs().max() for p, q in zip(problem.params, twin.params, strict=True))
     assert difference > 1e-2
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_parameters_that_fsdp2_has_gathered_are_refused():
+    """A forward without gradients leaves the root gathered, and model.parameters() are copies then."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(3, 2), mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+    with torch.no_grad():
+        model(torch.ones(3))
+    with pytest.raises(ValueError, match=r"`params` must be the sharded parameters.*Call reshard\(\)"):
+        BLUR(model.parameters(), AdamW)
+    model.reshard()
+    BLUR(model.parameters(), AdamW)
