@@ -1,0 +1,105 @@
+"""BLUR in a LightningModule: manual optimisation, two phases in a training step, everything else Lightning's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blur_optim.optimizer import BLUR
+
+try:
+    from lightning.pytorch import LightningModule
+except ImportError as error:
+    raise ImportError("`lightning` must be installed for BLURModule. `pip install 'blur_optim[lightning]'`.") from error
+
+
+class LightningBLUR(BLUR):
+    """:class:`blur_optim.BLUR` for Lightning, which hands every optimizer a closure, also one that computes nothing."""
+
+    def step(self, forget: Any = None, retain: Any = None, *, closure: Any = None) -> Any:  # type: ignore[override]
+        """As :meth:`BLUR.step`; ``closure`` runs the module's hooks before the step, on the update in ``p.grad``."""
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        return super().step(forget, retain)
+
+
+class BLURModule(LightningModule):
+    """A LightningModule whose ``training_step`` is one BLUR step.
+
+    Example::
+
+        class Unlearn(BLURModule):
+            def training_step(self, batch, index):
+                self.blur_step(forget=[batch["forget"]], retain=[batch["retain"]])
+            def forget_loss(self, batch): ...
+            def retain_loss(self, batch): ...
+            def configure_optimizers(self):
+                return LightningBLUR(self.parameters(), torch.optim.AdamW, lr=1e-5)
+
+    Lists of several batches are micro-batches: each loss is their mean. Pairs of batches come from a
+    ``CombinedLoader`` of two loaders. ``Trainer(gradient_clip_val=...)`` and ``accumulate_grad_batches`` are for
+    automatic optimisation, and Lightning refuses them here: use ``LightningBLUR(max_grad_norm=...)`` and longer lists.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def forget_loss(self, batch: Any) -> Tensor:
+        """The forget loss of one micro-batch, 0-d: descending it forgets."""
+        raise NotImplementedError("Define `forget_loss(self, batch)`.")
+
+    def retain_loss(self, batch: Any) -> Tensor:
+        """The retain loss of one micro-batch, 0-d."""
+        raise NotImplementedError("Define `retain_loss(self, batch)`.")
+
+    def blur_step(self, forget: Sequence[Any], retain: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Run both phases, take one step, and log ``forget_loss``, ``retain_loss`` and ``blur_cosine``.
+
+        Learning-rate schedulers are yours to step, as always under manual optimisation.
+
+        Args:
+            forget, retain: micro-batches, at least one of each.
+        Returns:
+            The two losses, 0-d, detached: means over micro-batches.
+        Raises:
+            TypeError: ``configure_optimizers`` gave something else than one :class:`LightningBLUR`.
+        """
+        optimizer: Any = self.optimizers()
+        blur = getattr(optimizer, "optimizer", None)
+        if not isinstance(blur, LightningBLUR):
+            raise TypeError(
+                f"`configure_optimizers` must give one LightningBLUR, got {type(blur or optimizer).__name__}."
+            )
+        with blur.forget():
+            forget_loss = self._run_phase(self.forget_loss, forget)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        with blur.retain(grad_scale=scaler):
+            retain_loss = self._run_phase(self.retain_loss, retain)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.log_dict({"forget_loss": forget_loss, "retain_loss": retain_loss}, prog_bar=True)
+        if blur.statistics is not None:
+            self.log("blur_cosine", blur.statistics.cosine.float())
+        return forget_loss, retain_loss
+
+    def _run_phase(self, compute: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
+        batches = list(batches)
+        total = torch.zeros((), device=self.device)
+        for position, batch in enumerate(batches, start=1):
+            # Each phase has to end reduced over the processes.
+            with self._no_sync() if position < len(batches) else nullcontext():
+                loss = compute(batch) / len(batches)
+                self.manual_backward(loss)
+            total += loss.detach()
+        return total
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        context: AbstractContextManager[Any] = nullcontext() if block is None else block()
+        return context

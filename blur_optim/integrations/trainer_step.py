@@ -1,0 +1,194 @@
+"""BLUR's step inside a transformers Trainer: what every Trainer subclass here has in common.
+
+The Trainer's own loop runs as it is. It calls ``training_step`` for each micro-batch; here the micro-batches are only
+collected until the last one before a step. Then all forget halves run, then all retain halves, and ``p.grad`` holds the
+update: unscaling, clipping, the step, schedulers, logging and checkpoints are the Trainer's.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blur_optim.integrations.objectives import Loss
+from blur_optim.integrations.pairs import single_batches
+from blur_optim.optimizer import BLUR
+from blur_optim.rules import UserRule
+
+_STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
+
+
+class BLURStepMixin:
+    """Mixed into a Trainer, before it in the bases; batches are ``{"forget": ..., "retain": ...}``.
+
+    :meth:`start_blur` has to be called at the end of ``__init__``.
+    """
+
+    # The Trainer's, as far as they are used here. Any, for transformers need not be installed to check types.
+    args: Any
+    accelerator: Any
+    optimizer: Any
+    state: Any
+
+    def start_blur(self, forget_loss: Loss, retain_loss: Loss, **options: Any) -> None:
+        """Set the losses, and the options with which :class:`blur_optim.BLUR` will wrap the Trainer's optimizer.
+
+        Raises:
+            ValueError: the Trainer is set up in a way that leaves no place for two gradients.
+        """
+        _check_trainer(self)
+        self.forget_loss, self.retain_loss, self.blur_options = forget_loss, retain_loss, options
+        self._pending: list[dict[str, Any]] = []
+        self._loss_sums = torch.zeros(3)
+
+    def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
+        return self.forget_loss(model, batch)
+
+    def compute_retain_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The retain loss of one micro-batch, 0-d. Override to compute another."""
+        return self.retain_loss(model, batch)
+
+    @property
+    def blur(self) -> BLUR:
+        """The optimizer, without what accelerate has put around it.
+
+        Raises:
+            RuntimeError: training has not begun, so there is none.
+        """
+        found = _unwrapped(self.optimizer)
+        if not isinstance(found, BLUR):
+            raise RuntimeError("There is no BLUR optimizer before trainer.train() or trainer.create_optimizer().")
+        return found
+
+    # -- What the Trainer calls --------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(_unwrapped(optimizer), BLUR):
+            self.optimizer = BLUR(base=optimizer, **self.blur_options)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Keep a micro-batch; with the last before a step, run both phases.
+
+        Returns:
+            0-d, detached: gamma times the forget loss plus retain_weight times the retain loss, averaged over the
+            micro-batches; 0 where the step is still to come. What BLUR descends has no such number.
+        """
+        self._pending.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._pending = self._pending, []
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        blur = self.blur
+        with blur.forget():
+            forget = self._run_phase(model, "forget", batches)
+        # The scale, or under fp16 max_grad_norm, normalize and statistics would be those of scaled gradients.
+        with blur.retain(grad_scale=self.accelerator.scaler):
+            retain = self._run_phase(model, "retain", batches)
+        self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
+        group = blur.param_groups[0]
+        loss: Tensor = group["gamma"] * forget + group["retain_weight"] * retain
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add ``forget_loss`` and ``retain_loss``, the means since the last log, and ``blur_*``, the last step's
+        statistics, to what the Trainer logs of training."""
+        # Evaluation and the summary at the end come here too, and not on every process.
+        if {"loss", "learning_rate"} <= logs.keys():
+            logs.update(self._training_logs())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """The Trainer's estimate, over both halves."""
+        parts = [part for side in ("forget", "retain") for part in single_batches(inputs[side])]
+        return sum(super(BLURStepMixin, self).floating_point_ops(part) for part in parts)  # type: ignore[misc]
+
+    # -- Inside a step -----------------------------------------------------------------------------------------------
+
+    def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
+        total = torch.zeros((), device=self.args.device)
+        for position, batch in enumerate(batches, start=1):
+            half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
+            # Each phase has to end reduced over the processes, so the last backward of each is the one that syncs.
+            with self._no_sync(model) if position < len(batches) else nullcontext():
+                compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
+                with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                    loss = compute(model, half).mean() / len(batches)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(model=model)
+        return context
+
+    def _training_logs(self) -> dict[str, float]:
+        forget, retain, steps = self.accelerator.reduce(self._loss_sums.to(self.args.device), "sum").tolist()
+        self._loss_sums = torch.zeros(3)
+        logs = {"forget_loss": forget / steps, "retain_loss": retain / steps} if steps else {}
+        statistics = self.blur.statistics
+        for name, value in {} if statistics is None else statistics.to_dict().items():
+            # With one value for each param group: the Trainer has two, for weight decay, which mean nothing here.
+            logs[f"blur_{name}"] = fmean(value) if isinstance(value, list) else value
+        return logs
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return optimizer if isinstance(optimizer, BLUR) else getattr(optimizer, "optimizer", optimizer)
+
+
+def blur_options(
+    *,
+    gamma: float,
+    retain_weight: float,
+    rule: str | UserRule,
+    normalize: bool,
+    scope: str,
+    stash: str,
+    backend: str | None,
+) -> dict[str, Any]:
+    """The arguments of BLUR in a Trainer, checked before a model is loaded onto a device.
+
+    Raises:
+        ValueError: ``stash`` is ``"recompute"``.
+    """
+    if stash == "recompute":
+        raise ValueError(
+            "`stash` must not be 'recompute' in a Trainer, whose step cannot be run a second time. Use 'int8' or 'cpu'."
+        )
+    options = {"gamma": gamma, "retain_weight": retain_weight, "rule": rule, "normalize": normalize}
+    return {**options, "scope": scope, "stash": stash, "backend": backend}
+
+
+def _check_trainer(trainer: Any) -> None:
+    args = trainer.args
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise ValueError(
+            "BLUR needs two gradients apart in p.grad, which DeepSpeed collects in buffers of its own. Use FSDP2 "
+            "(fsdp_version 2), or plain data parallelism."
+        )
+    name = str(getattr(args.optim, "value", args.optim))
+    if name in _STEP_INSIDE_BACKWARD or name.endswith("layerwise"):
+        raise ValueError(f"`optim` must step after backward, got {name!r}, which steps inside it. Use 'adamw_torch'.")
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor!r}: it would not reach the two "
+            "losses. Pass a loss of your own."
+        )
+    if getattr(trainer.model, "is_loaded_in_4bit", False) and args.device.type == "cpu":
+        raise ValueError(
+            "`model` must not have bitsandbytes' 4-bit layers on a CPU: once run in eval mode, as the reference and "
+            "every evaluation are, they pass on no gradient there. Use a GPU, or load without quantization."
+        )
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel is not None and (getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)):
+        raise ValueError("BLUR has no context or sequence parallelism in a Trainer. Use data parallelism or FSDP2.")

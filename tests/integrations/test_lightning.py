@@ -1,0 +1,104 @@
+"""BLURModule against the loop that one would write by hand."""
+
+import pytest
+import torch
+from hand_written import forget_loss, pairs_of_batches, retain_loss, train
+from tiny import rows, tiny_llama
+from torch.utils.data import DataLoader
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("lightning", reason="lightning is not installed")
+
+from lightning.pytorch import Trainer
+
+from blur_optim.integrations.lightning import BLURModule, LightningBLUR
+
+FORGET, RETAIN = rows(6, 1), rows(8, 2)
+# Lightning recommends workers for the loader, and uses an older spelling of torch's pytrees.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec:FutureWarning"),
+]
+
+
+class Unlearn(BLURModule):
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model, self.options, self.seen = model, options, []
+
+    def configure_optimizers(self):
+        groups = [
+            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return LightningBLUR(groups, torch.optim.AdamW, lr=1e-3, **self.options)
+
+    def training_step(self, batch, index):
+        self.blur_step(forget=[f for f, _ in batch], retain=[r for _, r in batch])
+
+    def forget_loss(self, batch):
+        return forget_loss("ga", self.model, None, batch)
+
+    def retain_loss(self, batch):
+        return retain_loss("nll", self.model, None, batch)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.seen.append(torch.cat([p.grad.flatten() for p in self.parameters()]).norm().item())
+
+
+def two_steps():
+    (batches,) = pairs_of_batches(FORGET, RETAIN, 2, 42, 1)
+    return [batches[:2], batches[2:]]
+
+
+def fit(module, folder, steps=None, **options):
+    made = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    made.fit(module, DataLoader(two_steps() if steps is None else steps, batch_size=None))
+    return made
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_trains_as_the_loop_by_hand(tmp_path, precision):
+    module, expected = Unlearn(tiny_llama(), max_grad_norm=0.5), tiny_llama()
+    made = fit(module, tmp_path, precision=precision)
+    if precision == "32-true":
+        train(expected, None, FORGET, RETAIN, ("ga", "nll"), steps=2, accumulate=2, max_norm=0.5)
+        for p, q in zip(module.model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert made.global_step == 2
+    assert made.callback_metrics["forget_loss"] < 0 < made.callback_metrics["retain_loss"]
+    assert -1 <= made.callback_metrics["blur_cosine"] <= 1
+    # Hooks see the clipped update.
+    assert module.seen == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+def test_a_loss_scale_changes_nothing(tmp_path):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    plain, module = Unlearn(tiny_llama(), max_grad_norm=0.5), Unlearn(tiny_llama(), max_grad_norm=0.5)
+    fit(plain, tmp_path, precision="bf16-mixed")
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    fit(module, tmp_path, plugins=plugin)
+    for p, q in zip(module.model.parameters(), plain.model.parameters(), strict=True):
+        # Scaling by a power of two is exact, so only what is summed in another order differs.
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    class Wrong(Unlearn):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(TypeError, match=r"`configure_optimizers` must give one LightningBLUR, got SGD"):
+        fit(Wrong(tiny_llama()), tmp_path)

@@ -1,0 +1,122 @@
+"""LoRA with BLURTrainer: only the adapter moves, and the model without it is what is compared with."""
+
+import copy
+
+import pytest
+import torch
+from hand_written import train
+from test_transformers import FORGET, RETAIN, assert_same, trainer
+from tiny import collate, tiny_llama
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+# peft 0.21 reads the older of two names that transformers 5.23 has for it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def with_adapter(seed=0):
+    model = tiny_llama(seed)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():  # B starts at zero, which would make the gradient of A zero too.
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    return adapted
+
+
+def frozen_parameters(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("losses", "reference"),
+    [(("npo", "nll"), None), (("npo", "nll"), "adapter"), (("ga", "kl"), None)],
+    ids=["stored", "adapter off", "kl"],
+)
+def test_only_the_adapter_is_trained(tmp_path, losses, reference):
+    model, expected = with_adapter(), with_adapter()
+    before = frozen_parameters(model)
+    made = trainer(
+        tmp_path, model, forget_loss=losses[0], retain_loss=losses[1], max_grad_norm=0.1, more={"reference": reference}
+    )
+    made.train()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    trained = {id(p) for group in made.blur.param_groups for p in group["params"]}
+    assert trained == {id(p) for n, p in model.named_parameters() if "lora_" in n}
+    assert made.reference_path.exists() is (losses[0] == "npo" and reference is None)
+    train(expected, tiny_llama(), FORGET, RETAIN, losses, steps=4, accumulate=2, max_norm=0.1)
+    assert_same(model, expected)
+
+
+def test_merged_and_saved(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    made = trainer(tmp_path, with_adapter())
+    made.train()
+    batch = collate(FORGET)
+    made.save_model(str(tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
+    made.model.eval()
+    again.eval()
+    with torch.no_grad():
+        expected = made.model(**batch).logits
+        torch.testing.assert_close(again(**batch).logits, expected)
+        made.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_gradient_checkpointing(tmp_path):
+    plain = trainer(tmp_path, with_adapter())
+    plain.train()
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(plain.args, n))
+    saving = trainer(tmp_path, with_adapter(), **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
+    saving.train()
+    assert_same(saving.model, plain.model)
+
+
+def test_resumes(tmp_path):
+    through = trainer(tmp_path / "through", with_adapter())
+    through.train()
+    trainer(tmp_path / "parts", with_adapter(), save_strategy="steps", save_steps=2).train()
+    again = trainer(tmp_path / "parts", with_adapter(), save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert_same(again.model, through.model)
+
+
+class QuantizedLinear(torch.nn.Linear):
+    """An int8 base as quantisation libraries make it: weights that take no gradient, and a scale."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def test_a_base_of_integers(tmp_path):
+    model = with_adapter()
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer = QuantizedLinear(module.base_layer)
+    before = copy.deepcopy(frozen_parameters(model))
+    made = trainer(tmp_path, model)
+    made.train()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert any(p.dtype == torch.int8 for p in before.values())
+    assert made.state.log_history[0]["blur_forget_norm"] > 0
+
+
+def test_four_bits_on_a_cpu_are_refused(tmp_path):
+    """bitsandbytes 0.50 repacks such layers for inference in eval mode, and backward passes them by in silence."""
+    model = with_adapter()
+    model.get_base_model().is_loaded_in_4bit = True
+    with pytest.raises(ValueError, match=r"must not have bitsandbytes' 4-bit layers on a CPU"):
+        trainer(tmp_path, model)

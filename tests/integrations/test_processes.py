@@ -1,0 +1,64 @@
+"""BLURTrainer and BLURModule in two processes (DDP, gloo)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hand_written import train
+from tiny import rows, tiny_llama
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+HERE = Path(__file__).parent
+FORGET, RETAIN = rows(5, 1), rows(16, 2)
+
+
+def launch(command, script, folder):
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(HERE / script), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_trained_as(expected, folder):
+    for name, value in torch.load(folder / "model.pt").items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_trainer(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    # Under --cpu it starts several processes with MPI only. This is its launcher for GPUs; the script asks for the CPU.
+    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    # Port 0 lets the launcher find a free one.
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch(command, "trainer_ddp_script.py", tmp_path)
+
+    # Batches go to the processes in turn: two micro-batches of two processes are the four of one.
+    expected = tiny_llama()
+    statistics = train(expected, tiny_llama(), FORGET, RETAIN, steps=3, accumulate=4, max_norm=0.5)
+    assert_trained_as(expected, tmp_path)
+    logs = json.loads((tmp_path / "logs.json").read_text())
+    assert logs[-2]["blur_cosine"] == pytest.approx(float(statistics.cosine), rel=1e-3)
+    # The reference was computed in two parts and read by both.
+    assert json.loads((tmp_path / "stored.json").read_text()) == len(FORGET)
+    assert (tmp_path / "reference.safetensors").exists()
+
+
+def test_lightning(tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch(command, "lightning_ddp_script.py", tmp_path)
+    expected = tiny_llama()
+    train(expected, None, FORGET, RETAIN, ("ga", "nll"), steps=2, accumulate=4, max_norm=0.5)
+    assert_trained_as(expected, tmp_path)

@@ -1,0 +1,40 @@
+"""What the tests of this folder train: a tiny Llama on random tokens."""
+
+import torch
+
+VOCABULARY = 29
+
+
+def tiny_llama(seed=0, **config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, use_cache=False, **{**shape, **config})
+    )
+
+
+def rows(count, seed):
+    """Rows as a tokenized data set has them: lists of different lengths, the prompt's labels -100."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        size = int(torch.randint(5, 10, (), generator=generator))
+        ids = torch.randint(1, VOCABULARY, (size,), generator=generator).tolist()
+        made.append({"input_ids": ids, "attention_mask": [1] * size, "labels": [-100, -100, *ids[2:]]})
+    return made
+
+
+def collate(items):
+    """Pad on the right, as any collator for language models does."""
+    width = max(len(item["input_ids"]) for item in items)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([item[name] + [value] * (width - len(item[name])) for item in items])
+        for name, value in fill.items()
+    }
+
+
+def parameters(model):
+    return [p.detach().clone() for p in model.parameters()]
