@@ -12,6 +12,8 @@
 namespace {
 constexpr int kGroupVecs = 2, kGroupVecs16Bit = 1;
 }
+// The compiler's own macros follow the command line, not the pragma.
+#define BLUR_OPTIM_AVX2 1
 #include "kernels_impl.h"
 
 namespace blur_optim::cpu {

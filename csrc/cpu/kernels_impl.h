@@ -96,9 +96,9 @@ inline void load16(Floats& out, const Float16* x) {  // As load(Float16).
 }
 // Exact, so every instruction set may do it in its own way. GCC finds none of them, and goes through single elements.
 inline Floats load16(const int8_t* x) {
-#if defined(__AVX512F__)
+#if defined(BLUR_OPTIM_AVX512)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
-#elif defined(__AVX2__)
+#elif defined(BLUR_OPTIM_AVX2)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   const __m256 halves[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
                             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
