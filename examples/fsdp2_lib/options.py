@@ -38,7 +38,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options = parser.parse_args(arguments)
         if options.resume and not options.out.is_dir():
             parser.error(f"argument --resume: there is nothing to resume in {options.out}, which does not exist")
+    # The arguments are those of the first start.
+    options.resume = options.resume or restarts() > 0
     return options
+
+
+def restarts() -> int:
+    """How often torchrun has started all processes again, after one had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
@@ -172,7 +179,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="go on from the last checkpoint in OUT, also on another number of processes; start anew where there is "
-        "none",
+        "none. After a restart by torchrun --max-restarts this is the default",
     )
     group.add_argument(
         "--export-dtype", choices=DTYPES, help="of the unlearned model's files (default: as the model came)"

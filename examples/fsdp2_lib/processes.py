@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from quickstart_lib.errors import BAD_INPUT, FAILED, InputError
 
+from .options import restarts
+
 INTERRUPTED = 130
 
 
@@ -27,7 +29,10 @@ def join(device: str | None) -> torch.device:
     # Both: tensors on the GPU meet over NCCL, and what checkpoints say about themselves over gloo.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        # torchrun --max-restarts keeps its store, where gloo would find the addresses of the processes that have died.
+        own = dist.PrefixStore(f"attempt-{restarts()}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=ranks)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")

@@ -54,8 +54,9 @@ def arguments(home: Path, out: Path, *more: str) -> list[str]:
     return ["--model", str(home / "llama"), *files, "--out", str(out), *SMALL, *more]
 
 
-def torchrun(home: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(FSDP2)]
+def torchrun(home: Path, out: Path, *more: str, max_restarts: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [f"--max-restarts={max_restarts}", str(FSDP2)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, *arguments(home, out, *more)],
@@ -120,16 +121,30 @@ def test_two_processes_that_are_killed_go_on_as_if_they_had_not_been(
 
 def kill_after_a_checkpoint(process: subprocess.Popen[str], out: Path) -> int:
     """Kill one of the two processes, after which torchrun ends the other. Return the step of the last checkpoint."""
-    deadline = time.monotonic() + 120
-    while checkpoint.latest(out) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    kill_one_of(process, out)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     found = checkpoint.latest(out)
     assert found, output
     return int(found.name.removeprefix("step-"))
+
+
+def kill_one_of(process: subprocess.Popen[str], out: Path) -> None:
+    """Kill one of the two processes once there is a checkpoint."""
+    deadline = time.monotonic() + 120
+    while checkpoint.latest(out) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc, to find the processes of torchrun")
+def test_torchrun_restarts_after_a_process_has_died(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = torchrun(home, out, "--steps", "40", "--save-every", "2", max_restarts=1)
+    kill_one_of(process, out)
+    assert "resumed from" in finish(process)
+    assert [record["step"] for record in log_of(out)] == list(range(1, 41))
 
 
 def assert_export_is_the_checkpoint(out: Path, original: Path) -> None:
