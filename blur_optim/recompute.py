@@ -83,7 +83,7 @@ def recompute(
     table = ranks.sum_(measured.table(rows, ranks), facts)
     # The norm of a sum is known after the second evaluation.
     projection = solve(table, rows, replace(settings, max_grad_norm=None) if measured.repeated else settings)
-    b = torch.where(projection.b == 0, projection.a.abs() * _SMALLEST_SHARE, projection.b)
+    b = _nonzero_b(projection)
     share = torch.where(b == 0, 0.0, projection.a / b)
     blend_(pair_gradients(rows, stash, ranks), torch.stack([share, share], dim=1), settings.backend)
 
@@ -98,8 +98,7 @@ def recompute(
     if measured.repeated:
         summed = ranks.sum_(take_dots(gradients, settings.backend), facts)[:, 2]
         projection = clipped(_with_retain_norm(projection, summed, share), settings.max_grad_norm)
-        b = torch.where(projection.b == 0, projection.a.abs() * _SMALLEST_SHARE, projection.b)
-    return Recomputed(loss, gradients, projection, replace(projection, b=b))
+    return Recomputed(loss, gradients, projection, replace(projection, b=_nonzero_b(projection)))
 
 
 class _Measured:
@@ -155,6 +154,11 @@ class _Measured:
 
     def _dots(self, forget: Tensor, retain: Tensor) -> Tensor:
         return select_backend(self.backend, forget.device).multi_tensor_dots([forget], [retain], [0], 1)[0]
+
+
+def _nonzero_b(projection: Projection) -> Tensor:
+    """b, or where it is 0 what stands for it: the forget gradient has to be divided by it. 0 where a is 0 too."""
+    return torch.where(projection.b == 0, projection.a.abs() * _SMALLEST_SHARE, projection.b)
 
 
 def _with_retain_norm(projection: Projection, summed: Tensor, share: Tensor) -> Projection:
