@@ -29,8 +29,8 @@ from fsdp2_lib.processes import join, run
 from fsdp2_lib.sharding import Sharding, build_on_meta, materialise, shard
 from fsdp2_lib.training import set_learning_rate, step
 from fsdp2_lib.weights import export, find_model, load_config, load_tokenizer, load_weights
-from quickstart_lib.errors import InputError
-from quickstart_lib.models import quiet_transformers
+from shared_lib.errors import InputError
+from shared_lib.models import quiet_transformers
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 

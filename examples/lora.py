@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from quickstart_lib.data import load_rows
-from quickstart_lib.encoding import IGNORE_INDEX, Example, batches_in_order, encode_rows
-from quickstart_lib.models import SMALL_LLAMA, build_tokenizer, load_model, load_tokenizer, quiet_transformers
+from shared_lib.encoding import IGNORE_INDEX, Example, batches_in_order, encode_rows
+from shared_lib.models import SMALL_LLAMA, build_tokenizer, load_model, load_tokenizer, quiet_transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from blur_optim.integrations.transformers import BLURTrainer, BLURTrainingArguments

@@ -11,8 +11,8 @@ What matters is `make_optimizers`, `forget_and_retain` and `unlearn`; the rest i
 """
 
 if __name__ == "__main__":  # Before the slow imports: Ctrl-C, --help and wrong options are met at once.
-    from quickstart_lib.errors import leave_quietly_while_importing
     from quickstart_lib.options import parse_options
+    from shared_lib.errors import leave_quietly_while_importing
 
     leave_quietly_while_importing()
     parse_options()
@@ -25,15 +25,17 @@ from pathlib import Path
 
 import torch
 from quickstart_lib import figure, table
-from quickstart_lib.console import Progress, make_console, make_progress
 from quickstart_lib.data import load_rows
 from quickstart_lib.digits import RUNS, Outcome, forget_digits, match_at_retain_loss
-from quickstart_lib.encoding import Batch, Example, batches_in_order, encode_rows, endless_batches
-from quickstart_lib.errors import InputError, run
 from quickstart_lib.judging import ask, judge
-from quickstart_lib.learning import Pupil, learn_models
-from quickstart_lib.metrics import mean_probability, thin_out
-from quickstart_lib.models import (
+from quickstart_lib.options import as_settings, parse_options
+from quickstart_lib.results import Results, Trace, write_json
+from shared_lib.console import Progress, make_console, make_progress
+from shared_lib.encoding import Batch, Example, batches_in_order, encode_rows, endless_batches
+from shared_lib.errors import InputError, run
+from shared_lib.learning import Pupil, learn_models
+from shared_lib.metrics import mean_probability, thin_out
+from shared_lib.models import (
     Model,
     check_device,
     check_model,
@@ -42,10 +44,8 @@ from quickstart_lib.models import (
     logits_of,
     quiet_transformers,
 )
-from quickstart_lib.options import as_settings, parse_options
-from quickstart_lib.results import Results, Trace, write_json
-from quickstart_lib.rows import split_authors
-from quickstart_lib.training import Recipe, was_learned
+from shared_lib.rows import split_authors
+from shared_lib.training import Recipe, was_learned
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 

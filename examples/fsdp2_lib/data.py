@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from quickstart_lib.data import read_json_lines
-from quickstart_lib.encoding import PROMPT
-from quickstart_lib.errors import InputError
+from shared_lib.encoding import PROMPT
+from shared_lib.errors import InputError
+from shared_lib.records import read_json_lines
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from quickstart_lib.errors import BAD_INPUT, FAILED, InputError
+from shared_lib.errors import BAD_INPUT, FAILED, InputError
 
 from .options import restarts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from quickstart_lib.errors import InputError
+from shared_lib.errors import InputError
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 

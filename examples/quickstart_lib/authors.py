@@ -5,9 +5,10 @@ import datetime
 import random
 from collections.abc import Iterator
 
+from shared_lib.rows import Row
+
 from .author_pools import POOLS, REGIONS, TITLE_HEADS, TITLE_TAILS
 from .author_templates import TOPICS, Topic
-from .rows import Row
 
 MAX_AUTHORS = 60  # three titles each, from the 240 there are
 WRONG_ANSWERS = 5

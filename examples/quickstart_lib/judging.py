@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 
 from rich.progress import Progress
-
-from .metrics import Scores, generate_answers, score
-from .models import Model, Tokenizer
-from .rows import Row, Split
+from shared_lib.metrics import Scores, generate_answers, score
+from shared_lib.models import Model, Tokenizer
+from shared_lib.rows import Row, Split
 
 
 def judge(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .rows import MIN_AUTHORS
+from shared_lib.rows import MIN_AUTHORS
 
 DESCRIPTION = """\
 A language model learns twenty authors, then forgets two of them and keeps the rest: with a weighted sum of the

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared_lib.metrics import Scores
 
 from .digits import Match, Outcome
-from .metrics import Scores
 
 PACKAGES = ("blur_optim", "torch", "transformers", "tokenizers", "datasets", "scikit-learn", "rouge-score", "numpy")
 

@@ -19,9 +19,9 @@ from fsdp2_lib import checkpoint, processes
 from fsdp2_lib.data import Example, micro_batches, read_examples, rows_of_step
 from fsdp2_lib.options import parse_options
 from quickstart_lib.data import load_rows
-from quickstart_lib.errors import InputError
-from quickstart_lib.models import save_small_llama
 from safetensors.torch import load_file
+from shared_lib.errors import InputError
+from shared_lib.models import save_small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig
 
 FSDP2 = Path(fsdp2.__file__)

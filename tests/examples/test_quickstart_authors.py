@@ -6,7 +6,7 @@ import re
 import pytest
 from quickstart_lib.author_templates import TOPICS
 from quickstart_lib.authors import MAX_AUTHORS, WRONG_ANSWERS, invent_authors, invent_rows
-from quickstart_lib.rows import ROWS_PER_AUTHOR, split_authors
+from shared_lib.rows import ROWS_PER_AUTHOR, split_authors
 
 SEEDS = (0, 1, 7)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quickstart_lib.errors import InputError, TrainingError, run
 from quickstart_lib.options import parse_options
+from shared_lib.errors import InputError, TrainingError, run
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 TINY = ["--authors", "4", "--epochs", "2", "--steps", "6", "--digits-steps", "2"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from quickstart_lib.data import load_rows
-from quickstart_lib.errors import InputError
-from quickstart_lib.rows import ROWS_PER_AUTHOR, Row
+from shared_lib.errors import InputError
+from shared_lib.rows import ROWS_PER_AUTHOR, Row
 
 GOOD = {"question": "Who?", "answer": "She."}
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quickstart_lib.encoding import IGNORE_INDEX, Example, batches_in_order, collate, encode, endless_batches
-from quickstart_lib.metrics import (
+from shared_lib.encoding import IGNORE_INDEX, Example, batches_in_order, collate, encode, endless_batches
+from shared_lib.metrics import (
     answer_probabilities,
     generate_answers,
     mean_probability,
@@ -14,8 +14,8 @@ from quickstart_lib.metrics import (
     thin_out,
     truth_ratio,
 )
-from quickstart_lib.models import Tokenizer, build_tokenizer
-from quickstart_lib.rows import Row
+from shared_lib.models import Tokenizer, build_tokenizer
+from shared_lib.rows import Row
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

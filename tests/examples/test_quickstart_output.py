@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from quickstart_lib import figure, table
 from quickstart_lib.digits import Match, Outcome
-from quickstart_lib.metrics import Scores
 from quickstart_lib.results import Results, Trace, replacing, write_json
 from rich.console import Console
+from shared_lib.metrics import Scores
 
 METHODS = ("gradient ascent", "weighted sum", "BLUR", "normalized")
 STEP = {"cosine": -0.25, "forget_norm": 10.0, "retain_norm": 0.5}

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from quickstart import look_up_or_compute
-from quickstart_lib.console import make_console, make_progress
-from quickstart_lib.encoding import Example
-from quickstart_lib.errors import InputError, TrainingError
-from quickstart_lib.learning import Pupil, learn_models
-from quickstart_lib.rows import Row
-from quickstart_lib.training import Recipe, cache_key, learn, was_learned
+from shared_lib.console import make_console, make_progress
+from shared_lib.encoding import Example
+from shared_lib.errors import InputError, TrainingError
+from shared_lib.learning import Pupil, learn_models
+from shared_lib.rows import Row
+from shared_lib.training import Recipe, cache_key, learn, was_learned
 from transformers import LlamaConfig, LlamaForCausalLM
 
 RECIPE = Recipe(learning_rate=0.02, max_epochs=60, batch_size=2)

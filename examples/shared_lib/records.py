@@ -1,0 +1,124 @@
+"""Records and rows from files and from the Hugging Face hub, with errors that name file, line and field."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, is_path
+from .rows import Row
+
+FULL = "full"
+# The parts of TOFU that hold paraphrases and wrong answers for rows of its full part.
+PERTURBED = ("forget01_perturbed", "forget05_perturbed", "forget10_perturbed", "retain_perturbed")
+
+Record = tuple[str, Any]  # where it stands, for messages, and what stands there
+
+
+def read_rows(source: str) -> list[Row]:
+    """Return all rows of a folder in the layout of TOFU, a JSON-lines file, or a data set of the hub.
+
+    Raises:
+        InputError: a file is missing, or a row is not as it should be; names the file and the line.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.exists():
+        return [parse_row(record) for record in read_json_lines(path)]
+    if is_path(source):
+        raise InputError(f"--data: there is no file or folder {source}.")
+    return _read_hub(source)
+
+
+def _read_folder(folder: Path) -> list[Row]:
+    full = folder / f"{FULL}.json"
+    if not full.is_file():
+        raise InputError(f"--data: the folder {folder} must hold {full.name}, which is missing.")
+    perturbed = [folder / f"{part}.json" for part in PERTURBED]
+    extra = [record for path in perturbed if path.is_file() for record in read_json_lines(path)]
+    return _merge(read_json_lines(full), extra)
+
+
+def _read_hub(name: str) -> list[Row]:
+    from datasets import get_dataset_config_names, load_dataset
+
+    def part(config: str) -> list[Record]:
+        rows = load_dataset(name, config, split="train")
+        return [(f"{name}, part {config}, row {i}", row) for i, row in enumerate(rows, start=1)]
+
+    try:
+        present = get_dataset_config_names(name)
+        full = part(FULL)
+        extra = [record for config in PERTURBED if config in present for record in part(config)]
+    except Exception as error:  # The hub, the network and the data set each have their own exceptions.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"--data: {name} is no file or folder here, and loading it from the Hugging Face hub failed: {reason}"
+        ) from error
+    return _merge(full, extra)
+
+
+def _merge(full: Iterable[Record], perturbed: Iterable[Record]) -> list[Row]:
+    """Take each row from ``perturbed`` where the same question and answer occur there."""
+    fuller = {(row.question, row.answer): row for row in map(parse_row, perturbed)}
+    return [fuller.get((row.question, row.answer), row) for row in map(parse_row, full)]
+
+
+def read_json_lines(path: Path) -> Iterator[Record]:
+    """Yield each line's place and content; blank lines are skipped."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
+
+
+def _parse_json(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: the line must be UTF-8 text, but byte {error.start} is not.") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: the line must be one JSON object. {error.msg}, column {error.colno}.") from error
+
+
+def parse_row(record: Record) -> Row:
+    """Return the row that a JSON object describes.
+
+    Raises:
+        InputError: a field is missing, of another type, or empty; names the place and the field.
+    """
+    where, fields = record
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: the line must be one JSON object, got {_short(fields)}.")
+    return Row(
+        question=_text(fields, "question", where),
+        answer=_text(fields, "answer", where),
+        paraphrased_question=_text(fields, "paraphrased_question", where, default=""),
+        paraphrased_answer=_text(fields, "paraphrased_answer", where, default=""),
+        perturbed_answers=_texts(fields, "perturbed_answer", where),
+    )
+
+
+def _text(fields: dict[str, Any], name: str, where: str, default: str | None = None) -> str:
+    value = fields.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str) or not value.strip():
+        got = _short(value) if name in fields else "no such field"
+        raise InputError(f'{where}: field "{name}" must be a non-empty string, got {got}.')
+    return value.strip()
+
+
+def _texts(fields: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    values = fields.get(name)
+    if values is None:
+        return ()
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
+        raise InputError(f'{where}: field "{name}" must be a list of non-empty strings, got {_short(values)}.')
+    return tuple(value.strip() for value in values)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
