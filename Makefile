@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format typecheck check bench wheel clean
+.PHONY: quickstart test lint format typecheck check bench bench-unlearning docs wheel clean
 
 quickstart: $(VENV)/.examples  ## Unlearn two authors and keep the rest: a table and a figure in quickstart-out/.
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -28,11 +28,17 @@ check: lint typecheck test  ## Everything that has to pass before a commit.
 bench: $(VENV)/.examples  ## The cost of a step against the weighted sum and the original code's way.
 	$(BIN)/python benchmarks/step_bench.py $(ARGS)
 
+docs:  ## docs/api.md from the docstrings.
+	$(PYTHON) docs/make_api.py
+
+bench-unlearning: $(VENV)/.bench  ## Does it forget better? Minutes; hours with ARGS="--form full"; see docs/benchmarks.md.
+	$(BIN)/python benchmarks/unlearning_bench.py $(ARGS)
+
 wheel: $(VENV)/.dev  ## One abi3 wheel in dist/, with the CUDA kernels too under BLUR_OPTIM_CUDA=1 (needs nvcc).
 	BLUR_OPTIM_BUILD=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info quickstart-out
+	rm -rf $(VENV) build dist *.egg-info quickstart-out unlearning-bench
 
 # torch first and pinned: an open range would let pip choose a newer build, of several GB.
 $(BIN)/python:
@@ -41,6 +47,10 @@ $(BIN)/python:
 
 $(VENV)/.examples: pyproject.toml setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
+	touch $@
+
+$(VENV)/.bench: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py | $(BIN)/python

@@ -94,12 +94,18 @@ def truth_ratio(paraphrase: Tensor, wrong: Tensor) -> Tensor:
 
 def generate_answers(model: Model, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[str]:
     """Answer each row's question greedily, with room for the longest true answer."""
+    return answer_prompts(model, tokenizer, encode_rows(tokenizer, rows))
+
+
+def answer_prompts(
+    model: Model, tokenizer: Tokenizer, examples: Sequence[Example], batch_size: int = BATCH_SIZE
+) -> list[str]:
+    """Answer each prompt greedily, with room for the longest true answer."""
     model.eval()
-    examples = encode_rows(tokenizer, rows)
-    order = sorted(range(len(rows)), key=lambda i: len(examples[i].answer))
-    answers = [""] * len(rows)
-    for start in range(0, len(order), BATCH_SIZE):
-        index = order[start : start + BATCH_SIZE]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].answer))
+    answers = [""] * len(examples)
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
         for i, ids in zip(index, _generate(model, tokenizer, [examples[i] for i in index]), strict=True):
             answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return answers

@@ -1,6 +1,6 @@
 """The model that learns and forgets: a small Llama with a tokenizer of its own, or any causal LM."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -58,20 +58,26 @@ def save_small_llama(folder: Path, rows: Sequence[Row], seed: int) -> None:
 
 def build_tokenizer(rows: Sequence[Row]) -> Tokenizer:
     """Train a byte-level BPE tokenizer on all texts of the rows."""
+    return train_tokenizer(texts_of(rows), VOCABULARY)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer of at most ``vocabulary`` tokens; 0 pads and 1 ends a text."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(_texts(rows), trainer)
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
 
 
-def _texts(rows: Sequence[Row]) -> Iterator[str]:
+def texts_of(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield every text of the rows, the prompts as the model meets them."""
     for row in rows:
         yield f"{PROMPT.format(question=row.question)} {row.answer}"
         yield from (row.paraphrased_question, row.paraphrased_answer, *row.perturbed_answers)
@@ -90,14 +96,22 @@ def save_model(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
         raise OSError(f"the model could not be written: {error}") from error
 
 
-def load_model(source: str | Path, device: str) -> Model:
-    """Load a causal LM in float32."""
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
+def load_model(
+    source: str | Path, device: str, gguf_file: str | None = None, dtype: torch.dtype = torch.float32
+) -> Model:
+    """Load a causal LM in ``dtype``; with ``gguf_file``, dequantize that file of ``source``."""
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    if gguf_file:  # Its weights are plain ones now; what says otherwise would keep it from being saved.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model.to(device)
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load the tokenizer of a causal LM."""
-    return AutoTokenizer.from_pretrained(source)
+def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a causal LM, or that in ``gguf_file`` of ``source``."""
+    return AutoTokenizer.from_pretrained(source, **({"gguf_file": gguf_file} if gguf_file else {}))
 
 
 def logits_of(model: Model, batch: Batch) -> torch.Tensor:

@@ -41,22 +41,54 @@ def _read_folder(folder: Path) -> list[Row]:
 
 
 def _read_hub(name: str) -> list[Row]:
-    from datasets import get_dataset_config_names, load_dataset
+    full = read_hub_part(name, FULL)
+    present = _hub_parts(name)
+    return _merge(full, [record for part in PERTURBED if part in present for record in read_hub_part(name, part)])
 
-    def part(config: str) -> list[Record]:
-        rows = load_dataset(name, config, split="train")
-        return [(f"{name}, part {config}, row {i}", row) for i, row in enumerate(rows, start=1)]
+
+def read_part(source: str, part: str) -> list[Row]:
+    """Return one part of a folder or data set in the layout of TOFU, such as ``holdout01``; empty where it has none.
+
+    Raises:
+        InputError: a row is not as it should be, or the hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / f"{part}.json"
+        return [parse_row(record) for record in read_json_lines(path)] if path.is_file() else []
+    if is_path(source):
+        return []
+    return [parse_row(record) for record in read_hub_part(source, part)] if part in _hub_parts(source) else []
+
+
+def read_hub_part(name: str, part: str, split: str = "train") -> list[Record]:
+    """Return the rows of one configuration of a data set of the hub.
+
+    Raises:
+        InputError: the hub, the network or the data set said no.
+    """
+    from datasets import load_dataset
 
     try:
-        present = get_dataset_config_names(name)
-        full = part(FULL)
-        extra = [record for config in PERTURBED if config in present for record in part(config)]
+        rows = load_dataset(name, part, split=split)
     except Exception as error:  # The hub, the network and the data set each have their own exceptions.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"--data: {name} is no file or folder here, and loading it from the Hugging Face hub failed: {reason}"
-        ) from error
-    return _merge(full, extra)
+        raise _hub_error(name, error) from error
+    return [(f"{name}, part {part}, row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def _hub_parts(name: str) -> list[str]:
+    from datasets import get_dataset_config_names
+
+    try:
+        return get_dataset_config_names(name)
+    except Exception as error:
+        raise _hub_error(name, error) from error
+
+
+def _hub_error(name: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(
+        f"--data: {name} is no file or folder here, and loading it from the Hugging Face hub failed: {reason}"
+    )
 
 
 def _merge(full: Iterable[Record], perturbed: Iterable[Record]) -> list[Row]:

@@ -1,0 +1,30 @@
+"""Find out what cannot work before anything is trained."""
+
+from shared_lib.errors import InputError
+from shared_lib.models import check_device
+
+from .methods import parse_method
+from .settings import Settings
+from .tracks import load_data
+
+
+def check_settings(settings: Settings) -> None:
+    """See that methods, seeds, device and data are as they should be.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not settings.data and settings.track != "tofu":
+        raise InputError(f"--data must name a folder or a data set of the hub for the {settings.track} track.")
+    for method in settings.methods:
+        parse_method(method)
+    if len(set(settings.methods)) < len(settings.methods):
+        raise InputError(f"--methods must be different, got {' '.join(settings.methods)}.")
+    if settings.tuning_seed in settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise InputError(f"--seeds must be different, and other than the tuning seed {settings.tuning_seed}.")
+    if settings.steps < settings.looks:
+        raise InputError(
+            f"--steps must be at least {settings.looks}, as often as a run is looked at, got {settings.steps}."
+        )
+    check_device(settings.device)
+    load_data(settings)

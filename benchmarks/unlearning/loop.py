@@ -1,0 +1,170 @@
+"""The one loop: every method sees the same batches in the same order and takes the same number of steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from shared_lib.encoding import Batch, Example, batches_in_order, endless_batches
+from shared_lib.metrics import thin_out
+from shared_lib.models import Model, logits_of
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from blur_optim.losses import nll_loss, sequence_log_probs, token_counts
+
+from .jobs import Job
+from .losses import Before, Losses
+from .methods import make_optimizer, parse_method
+from .settings import Settings
+from .tracks.task import Task
+
+KINDS = ("forget", "retain", "untouched")
+WARM_UP = 0.1  # of the steps
+RELEARNING_LR = 3e-4
+
+Look = dict[str, Any]
+
+
+class Unlearning:
+    """One run: a copy of the target, and what happened to it.
+
+    Args:
+        job: method, weight, learning rate, seed.
+        settings: steps and batches, the same for all.
+    """
+
+    def __init__(self, job: Job, before: Before, task: Task, settings: Settings) -> None:
+        self.job, self.task, self.settings = job, task, settings
+        self.model: Model = copy.deepcopy(before.model).train()
+        method = parse_method(job.method)
+        self.losses = Losses(method, self.model, before, task, settings)
+        trained = self.losses.parameters()
+        for p in trained:  # No others: their gradients would pile up, as no optimizer clears them.
+            p.requires_grad_(True)
+        self.optimizer = make_optimizer(method, trained, job.weight, job.lr)
+        self.path: list[Look] = []
+        self.steps: list[dict[str, Any]] = []
+        self.diverged = False
+
+    def run(self, first_look: Look | None = None) -> None:
+        """Take all steps, looking now and then; stop where a loss is not finite.
+
+        Args:
+            first_look: what a look at the target saw, which is the same for every run.
+        """
+        settings = self.settings
+        batches = self.batches()
+        warm_up = max(1, round(WARM_UP * settings.steps))
+        schedule = LambdaLR(
+            getattr(self.optimizer, "base", self.optimizer), lambda step: min(1.0, (step + 1) / warm_up)
+        )
+        self.path.append(first_look or self.look(0))
+        for step in range(settings.steps):
+            self.step(step, batches)
+            schedule.step()
+            if not all(math.isfinite(self.steps[-1][name]) for name in ("forget_loss", "retain_loss")):
+                self.diverged = True
+                return
+            if (step + 1) in look_steps(settings):
+                self.path.append(self.look(step + 1))
+        self.diverged = not all(math.isfinite(self.path[-1][kind]["log_prob"]) for kind in KINDS)
+
+    def look(self, step: int) -> Look:
+        """Measure probabilities of the answers on rows of every kind, and what the track watches."""
+        return look_at(self.model, self.task, self.settings, step)
+
+    def batches(self) -> Iterator[tuple[Batch, Batch]]:
+        """Yield a forget and a retain batch forever, the same for every method of this seed."""
+        seed, size, device = self.job.seed, self.settings.batch_size, self.model.device
+        return zip(
+            endless_batches(self.task.forget, size, 2 * seed, device),
+            endless_batches(self.task.retain, size, 2 * seed + 1, device),
+            strict=True,
+        )
+
+    def step(self, number: int, batches: Iterator[tuple[Batch, Batch]]) -> None:
+        """Take one step, and note what it saw."""
+        pairs = [next(batches) for _ in range(self.settings.accumulation)]
+        forget = _accumulated(self.losses.forget, [pair[0] for pair in pairs])
+        retain = _accumulated(self.losses.retain, [pair[1] for pair in pairs])
+        forget_loss, retain_loss = self.optimizer.step(forget, retain)
+        seen = self.optimizer.statistics.to_dict()
+        self.steps.append({"step": number, "forget_loss": float(forget_loss), "retain_loss": float(retain_loss)})
+        self.steps[-1] |= {name: value for name, value in seen.items() if not isinstance(value, list)}
+
+
+def look_steps(settings: Settings) -> set[int]:
+    """Return after which steps a look is taken; the last is one of them."""
+    return {round(settings.steps * i / settings.looks) for i in range(1, settings.looks + 1)}
+
+
+def look_at(model: Model, task: Task, settings: Settings, step: int = 0) -> Look:
+    """Measure probabilities of the answers on rows of every kind, and what the track watches."""
+    was_training = model.training
+    model.eval()
+    rows = settings.batch_size * settings.accumulation * step
+    look: Look = {"step": step, "epoch": rows / len(task.forget)}
+    for kind in KINDS:
+        look[kind] = _probabilities(model, thin_out(getattr(task, kind), settings.look_rows))
+    look |= task.watch(model)
+    model.train(was_training)
+    return look
+
+
+@torch.inference_mode()
+def mean_log_probs(model: Model, examples: list[Example]) -> Tensor:
+    """Return each answer's mean log-probability per token, ``[n]`` float32 on the CPU."""
+    result = torch.empty(len(examples))
+    for batch in batches_in_order(examples, 64, model.device):
+        log_probs = sequence_log_probs(logits_of(model, batch), batch["labels"])
+        result[batch["index"].cpu()] = (log_probs / token_counts(batch["labels"]).clamp(min=1)).cpu()
+    return result
+
+
+def _probabilities(model: Model, examples: list[Example]) -> dict[str, float]:
+    log_probs = mean_log_probs(model, examples)
+    return {"log_prob": log_probs.mean().item(), "probability": log_probs.exp().mean().item()}
+
+
+def _accumulated(loss: Callable[[Batch], Tensor], batches: list[Batch]) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        total = torch.zeros(())
+        for batch in batches:
+            part = loss(batch) / len(batches)
+            part.backward()
+            total = total + part.detach().cpu()
+        return total
+
+    return closure
+
+
+def relearn(model: Model, task: Task, settings: Settings, seed: int) -> list[dict[str, float]]:
+    """Fine-tune on a few forgotten rows, and watch the others come back (arXiv:2406.13356).
+
+    Returns:
+        A look after 0, 1/4, 1/2, 3/4 and all of the steps.
+    """
+    rows = settings.relearned_rows
+    shown, hidden = task.forget[:rows], list(thin_out(task.forget[rows:], settings.look_rows))
+    retain = list(thin_out(task.retain, settings.look_rows))
+    optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=RELEARNING_LR)
+    batches = endless_batches(shown, min(settings.batch_size, len(shown)), seed, model.device)
+    looks = []
+    look_after = {round(settings.relearning_steps * i / 4) for i in range(5)}
+    for step in range(settings.relearning_steps + 1):
+        if step in look_after:
+            model.eval()
+            kinds = {"relearned_rows": shown, "other_forgotten_rows": hidden, "retain": retain}
+            looks.append(
+                {"step": step} | {name: _probabilities(model, kind)["probability"] for name, kind in kinds.items()}
+            )
+            model.train()
+        batch = next(batches)
+        nll_loss(logits_of(model, batch), batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return looks

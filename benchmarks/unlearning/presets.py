@@ -1,0 +1,130 @@
+"""The settings by track and form: short and full on two cores, and the paper's for a GPU."""
+
+from dataclasses import replace
+
+from shared_lib.errors import InputError
+
+from .presets_text import TEXT_PRESETS
+from .settings import Learning, Settings
+
+FORMS = ("short", "full", "pretrained", "paper")
+
+NPO = ("weighted_sum", "blur", "normalized", "blur-normalized", "averaged-dots", "bloop")
+NPO_MORE = (
+    "conflict",
+    "barrier",
+    "blur-per-parameter",
+    "upgrad",
+)
+SHORT_METHODS = (
+    "ga/forget-only",
+    "ga+nll/weighted_sum",
+    "ga+nll/blur",
+    *(f"npo+nll/{combine}" for combine in NPO),
+    "hinge+nll/weighted_sum",
+)
+FULL_METHODS = (
+    "ga/forget-only",
+    "ga+nll/weighted_sum",
+    "ga+nll/blur",
+    "ga+nll/normalized",
+    *(f"npo+nll/{combine}" for combine in (*NPO, *NPO_MORE)),
+    "npo+kl/weighted_sum",
+    "npo+kl/blur",
+    "simnpo+nll/weighted_sum",
+    "simnpo+nll/blur",
+    "simnpo+nll/normalized",
+    "dpo+nll/weighted_sum",
+    "dpo+nll/blur",
+    "rmu+rmu/weighted_sum",
+    "rmu+rmu/blur",
+    "hinge+nll/weighted_sum",
+)
+
+TOFU = Settings("tofu", "short", "tofu", "", "forget10", methods=SHORT_METHODS)
+PRESETS: dict[tuple[str, str], Settings] = {
+    # 600 rows, the last 40 forgotten: two models of 0.9M parameters a target learn them in three minutes.
+    ("tofu", "short"): replace(
+        TOFU,
+        name="tofu-short",
+        subset="forget01",
+        authors=30,
+        model="0.8m",
+        batch_size=8,
+        looks=4,
+        look_rows=40,
+        judged_rows=100,
+        generated_rows=40,
+        lrs=(3e-4, 1e-3),
+        tuning_weights=(1.0, 0.3),
+        weights=(1.0, 0.3, 0.1),
+    ),
+    ("tofu", "full"): replace(
+        TOFU,
+        name="tofu-forget10",
+        form="full",
+        learning=Learning(lr=2e-3, epochs=30, batch_size=16, known=0.95),
+        methods=FULL_METHODS,
+        batch_size=8,
+        looks=4,
+        look_rows=80,
+        judged_rows=200,
+        generated_rows=60,
+        lrs=(3e-4, 1e-3),
+        tuning_weights=(1.0, 0.3),
+        weights=(1.0, 0.3, 0.1),
+    ),
+    # A real pretrained model of 135M parameters, given by --model: one row costs it what a hundred cost the small ones.
+    ("tofu", "pretrained"): replace(
+        TOFU,
+        name="tofu-pretrained",
+        form="pretrained",
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        learning=Learning(lr=2e-4, epochs=8, batch_size=8, known=0.9),
+        subset="forget01",
+        authors=7,
+        methods=("npo+nll/weighted_sum", "npo+nll/blur", "npo+nll/normalized"),
+        steps=20,
+        batch_size=4,
+        looks=2,
+        look_rows=20,
+        judged_rows=20,
+        generated_rows=10,
+        relearning_steps=0,
+        lrs=(3e-5,),
+        tuning_weights=(1.0, 0.3),
+        weights=(1.0, 0.3),
+    ),
+    # arXiv:2506.08164: NPO, beta 0.1, 10 epochs of 400 rows, accumulation 4, AdamW; the model is the benchmark's own.
+    ("tofu", "paper"): replace(
+        TOFU,
+        name="tofu-paper",
+        form="paper",
+        data="locuslab/TOFU",
+        model="open-unlearning/tofu_Llama-2-7b-chat-hf_full",
+        retrained="open-unlearning/tofu_Llama-2-7b-chat-hf_retain90",
+        learning=None,
+        methods=FULL_METHODS,
+        batch_size=4,
+        accumulation=4,
+        steps=250,
+        lrs=(1e-5,),
+        layers=(5, 6, 7),
+        device="cuda",
+        dtype="bfloat16",
+        threads=8,
+    ),
+}
+PRESETS |= TEXT_PRESETS
+
+
+def preset(track: str, form: str) -> Settings:
+    """Return the settings of a track in a form.
+
+    Raises:
+        InputError: there are none.
+    """
+    if (track, form) not in PRESETS:
+        known = ", ".join(f"{t}/{f}" for t, f in PRESETS)
+        raise InputError(f"--track and --form must be one of {known}, got {track}/{form}.")
+    return PRESETS[track, form]

@@ -1,0 +1,199 @@
+"""The settings of the tracks of plain text, MUSE and WMDP.
+
+The data of the short forms, from public-domain plays and from TOFU::
+
+    python benchmarks/unlearning/make_muse.py plays.txt --out muse-plays
+    python benchmarks/unlearning_bench.py --track muse --data muse-plays
+    python benchmarks/unlearning_bench.py --track wmdp --data tofu
+
+The full form of MUSE is made for ``--forget 128 --retain 160 --questions 128``.
+"""
+
+from dataclasses import replace
+
+from .settings import Learning, Settings
+
+MUSE_METHODS = (
+    "ga/forget-only",
+    "npo+nll/weighted_sum",
+    "npo+nll/blur",
+    "npo+nll/blur-normalized",
+    "npo+nll/averaged-dots",
+)
+MUSE_METHODS_FULL = (
+    *MUSE_METHODS,
+    "ga+nll/weighted_sum",
+    "ga+nll/blur",
+    "npo+nll/normalized",
+    "npo+nll/bloop",
+    "npo+kl/weighted_sum",
+    "npo+kl/blur",
+    "simnpo+nll/weighted_sum",
+    "simnpo+nll/blur",
+)
+WMDP_METHODS = ("rmu+rmu/weighted_sum", "rmu+rmu/blur", "npo+nll/weighted_sum", "npo+nll/blur")
+WMDP_METHODS_FULL = (
+    *WMDP_METHODS,
+    "rmu+rmu/normalized",
+    "rmu+rmu/blur-normalized",
+    "npo+nll/blur-normalized",
+    "npo+nll/averaged-dots",
+    "ga/forget-only",
+)
+
+MUSE_SHORT = Settings(
+    "muse-short",
+    "short",
+    "muse",
+    "",
+    "books",
+    model="0.8m",
+    learning=Learning(lr=3e-3, epochs=40, batch_size=8, known=0.97),
+    max_length=160,
+    methods=MUSE_METHODS,
+    lrs=(3e-4, 1e-3),
+    tuning_weights=(1.0, 0.1),
+    weights=(1.0, 0.3, 0.1),
+    steps=20,
+    batch_size=4,
+    looks=4,
+    look_rows=48,
+    judged_rows=48,
+    generated_rows=32,
+    relearned_rows=8,
+    relearning_steps=12,
+)
+WMDP_SHORT = Settings(
+    "wmdp-short",
+    "short",
+    "wmdp",
+    "",
+    "forget01",
+    model="0.8m",
+    learning=Learning(lr=3e-3, epochs=30, batch_size=8, known=0.95),
+    authors=8,
+    max_length=128,
+    methods=WMDP_METHODS,
+    lrs=(3e-4, 1e-3),
+    tuning_weights=(1.0, 0.1),
+    weights=(1.0, 0.3, 0.1),
+    steps=20,
+    batch_size=4,
+    looks=4,
+    look_rows=48,
+    judged_rows=100,
+    relearned_rows=8,
+    relearning_steps=12,
+    layers=(0, 1),
+)
+
+# arXiv:2506.08164, for a GPU of 80 GB or several; none of these was run here. NPO with gamma 1, which is 10 times the
+# unit of its weights; ten epochs of the passages to forget, which number about 890 for news and 510 for books at this
+# length. The repositories of the models hold no tokenizer of their own in some revisions: then take that of
+# Llama-2-7b, from a folder with both.
+MUSE_PAPER = {
+    "news": replace(
+        MUSE_SHORT,
+        name="muse-news-paper",
+        form="paper",
+        data="muse-bench/MUSE-News",
+        subset="news",
+        model="muse-bench/MUSE-news_target",
+        retrained="muse-bench/MUSE-news_retrain",
+        learning=None,
+        max_length=2048,
+        prefix=200,
+        methods=MUSE_METHODS_FULL,
+        lrs=(2.5e-5,),
+        tuning_weights=(10.0,),
+        weights=(10.0, 3.0, 30.0),
+        steps=2220,
+        looks=10,
+        look_rows=100,
+        judged_rows=400,
+        generated_rows=100,
+        beta=0.05,
+        device="cuda",
+        threads=8,
+    ),
+}
+MUSE_PAPER["books"] = replace(
+    MUSE_PAPER["news"],
+    name="muse-books-paper",
+    data="muse-bench/MUSE-Books",
+    subset="books",
+    model="muse-bench/MUSE-books_target",
+    retrained="muse-bench/MUSE-books_retrain",
+    lrs=(1e-5,),
+    steps=1275,
+    beta=0.4,
+)
+
+# arXiv:2506.08164, not run here. Nobody has a Zephyr without the hazards: the target stands in for the retrained model,
+# so what the scores are to be compared with is chance. RMU: lr 5e-5, and its alpha of 800 is the weight 0.0125 (in the
+# unit of 0.1, w = 1 / 800); NPO: lr 2e-6, and gamma 1 is the weight 10. Tuning finds which is whose.
+WMDP_PAPER = replace(
+    WMDP_SHORT,
+    name="wmdp-cyber-paper",
+    form="paper",
+    data="cais/wmdp-corpora",
+    subset="cyber",
+    retain_data="Salesforce/wikitext:wikitext-2-raw-v1",
+    questions="cais/wmdp",
+    utility_questions="cais/mmlu",
+    model="HuggingFaceH4/zephyr-7b-beta",
+    retrained="HuggingFaceH4/zephyr-7b-beta",
+    learning=None,
+    authors=0,
+    max_length=512,
+    lrs=(5e-5, 2e-6),
+    tuning_weights=(10.0, 0.0125),
+    weights=(10.0, 1.0, 0.1, 0.0125),
+    steps=150,
+    looks=5,
+    look_rows=100,
+    judged_rows=2000,
+    beta=0.005,
+    steering=6.5,
+    layers=(5, 6, 7),
+    device="cuda",
+    threads=8,
+)
+
+TEXT_PRESETS: dict[tuple[str, str], Settings] = {
+    ("muse", "short"): MUSE_SHORT,
+    ("muse", "full"): replace(
+        MUSE_SHORT,
+        name="muse-full",
+        form="full",
+        model="1m",
+        methods=MUSE_METHODS_FULL,
+        tuning_weights=(1.0, 0.3, 0.1),
+        weights=(3.0, 1.0, 0.3, 0.1),
+        steps=50,
+        looks=5,
+        look_rows=100,
+        judged_rows=200,
+        generated_rows=64,
+        relearning_steps=20,
+    ),
+    ("muse", "paper"): MUSE_PAPER["news"],
+    ("wmdp", "short"): WMDP_SHORT,
+    ("wmdp", "full"): replace(
+        WMDP_SHORT,
+        name="wmdp-full",
+        form="full",
+        subset="forget05",
+        authors=40,
+        model="1m",
+        methods=WMDP_METHODS_FULL,
+        tuning_weights=(1.0, 0.3, 0.1),
+        weights=(3.0, 1.0, 0.3, 0.1),
+        steps=50,
+        looks=5,
+        look_rows=100,
+        judged_rows=400,
+        relearning_steps=20,
+    ),
+    ("wmdp", "paper"): WMDP_PAPER,
+}

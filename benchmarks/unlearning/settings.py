@@ -1,0 +1,107 @@
+"""What one run of the benchmark is, from data to seeds: everything that decides a result."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .small_models import SIZES
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the target and the retrained model are trained; see ``shared_lib.training.Recipe``."""
+
+    lr: float = 2e-3
+    epochs: int = 40
+    batch_size: int = 16
+    known: float = 0.98
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One setting of the benchmark.
+
+    Args:
+        name: of its folder and its report.
+        form: "short", "full" or "paper"; see ``presets``.
+        track: "tofu", "muse" or "wmdp".
+        data: a folder in the benchmark's own layout, or a data set of the hub.
+        subset: what is forgotten: forget01, forget05, forget10; books, news; the track says.
+        model: a size of ``SIZES``, trained from nothing; or a folder or a name of the hub. ``gguf_file`` names the
+            file in that folder where it holds one.
+        learning: of target and retrained model. None: ``model`` knows the data already, and ``retrained`` is a second
+            model that does not.
+        authors, passages: how much of the data is taken, from its end; 0 for all.
+        max_length: tokens of a passage.
+        targets: how many targets are trained, with seeds of their own; the seeds of unlearning take them in turn.
+        methods: ids of ``methods.METHODS``.
+        lrs, tuning_weights: what the tuning seed tries, each with each.
+        weights: what the held-out seeds try: w = gamma with alpha = 1 (for the weighted sum, lambda = 1 / w), in units
+            of the largest that may be of use, see ``methods.weight_scale``.
+        steps, batch_size, accumulation: of unlearning; ``batch_size`` is of each of the two losses.
+        looks: how often probabilities are measured along the way, on ``look_rows`` rows of a kind.
+        judged_rows, generated_rows: at most so many retain rows for the benchmark's scores, and answers of a kind.
+        relearned_rows, relearning_steps: the attack on every model that gets full scores; 0: none.
+        beta: of NPO and DPO; ``simnpo_beta`` and ``steering`` likewise.
+        layers: of RMU: the trained ones, ending with the steered one.
+        device, dtype: of the models while they unlearn and are judged; training is in float32.
+        prefix: of the muse track: tokens of a passage that are shown before the model says the rest.
+        retain_data, questions, utility_questions: of the wmdp track: other sources than ``data`` for what is kept, and
+            for the questions about either.
+    """
+
+    name: str
+    form: str
+    track: str
+    data: str
+    subset: str
+    model: str = "1m"
+    gguf_file: str = ""
+    retrained: str = ""
+    learning: Learning | None = Learning()
+    authors: int = 0
+    passages: int = 0
+    max_length: int = 256
+    targets: int = 1
+    methods: tuple[str, ...] = ()
+    lrs: tuple[float, ...] = (3e-4, 1e-3)
+    tuning_weights: tuple[float, ...] = (0.3, 0.03)
+    weights: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01)
+    tuning_seed: int = 0
+    seeds: tuple[int, ...] = (1, 2, 3)
+    steps: int = 50
+    batch_size: int = 16
+    accumulation: int = 1
+    looks: int = 5
+    look_rows: int = 100
+    judged_rows: int = 400
+    generated_rows: int = 100
+    relearned_rows: int = 10
+    relearning_steps: int = 20
+    beta: float = 0.1
+    simnpo_beta: float = 2.5
+    steering: float = 6.5
+    layers: tuple[int, ...] = (0, 1)
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    prefix: int = 32
+    retain_data: str = ""
+    questions: str = ""
+    utility_questions: str = ""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the model is trained from nothing, with a tokenizer of its own."""
+        return self.model in SIZES
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``from_json`` takes."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Settings":
+        """Return the settings that ``to_json`` gave."""
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        learning = values.pop("learning")
+        return replace(Settings(**values), learning=Learning(**learning) if learning else None)

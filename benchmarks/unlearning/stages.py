@@ -1,0 +1,159 @@
+"""The order of things: train, judge the yardsticks, tune on one seed, sweep on the others, time, report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from .jobs import SWEEP, TUNE, Job, result_file, run_side_by_side, setting_folder, write_json, yardstick_file
+from .loop import KINDS
+from .methods import FORGET_ONLY, parse_method, weight_scale
+from .report.compare import hypervolume
+from .settings import Settings
+from .targets import RETRAINED, TARGET, is_trained
+from .workshop import measure, train, unlearn
+
+PACKAGES = ("torch", "transformers", "tokenizers", "torchjd", "rouge-score", "scipy", "scikit-learn", "blur_optim")
+ROLES = (RETRAINED, TARGET)  # In this order: the target's scores need what the retrained model gave.
+
+Selected = dict[str, dict[str, float]]
+
+
+def run_setting(settings: Settings, cache: Path, processes: int, command: str, progress: Progress) -> Path:
+    """Do what is not done yet, and return the folder with the results."""
+    folder = setting_folder(cache, settings)
+    each = Stage(settings, cache, processes, progress)
+    each.run("models", train, [pair for pair in _models(settings) if not is_trained(cache, settings, *pair)])
+    for role in ROLES:
+        missing = [n for n in range(settings.targets) if not yardstick_file(folder, role, n).is_file()]
+        each.run(f"scores of the {role}", measure, [(role, n) for n in missing])
+    each.run("tuning", unlearn, _missing(folder, tuning_jobs(settings)))
+    selected = select(settings, folder)
+    describe(settings, folder, selected, command)
+    each.run("sweep", unlearn, _missing(folder, sweep_jobs(settings, selected)))
+    return folder
+
+
+class Stage:
+    """Runs calls side by side under a progress bar."""
+
+    def __init__(self, settings: Settings, cache: Path, processes: int, progress: Progress) -> None:
+        self.settings, self.cache, self.processes, self.progress = settings, cache, processes, progress
+
+    def run(self, title: str, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> None:
+        calls = [(self.cache, self.settings, *call) for call in calls]
+        if not calls:
+            return
+        bar = self.progress.add_task(f"{self.settings.name}: {title}", total=len(calls), note="")
+        run_side_by_side(calls, work, self.processes, lambda result: self.progress.advance(bar))
+
+
+def _models(settings: Settings) -> list[tuple[str, int]]:
+    return [(role, number) for number in range(settings.targets) for role in ROLES]
+
+
+def tuning_jobs(settings: Settings) -> list[Job]:
+    """List the runs of the tuning seed: every method with as many learning rates and weights as any other."""
+    return [
+        Job(TUNE, method, weight, lr, settings.tuning_seed)
+        for method in settings.methods
+        for lr in settings.lrs
+        for weight in weights_of(method, settings.tuning_weights)
+    ]
+
+
+def sweep_jobs(settings: Settings, selected: Selected) -> list[Job]:
+    """List the runs of the held-out seeds: every weight, and the chosen one, at the learning rate that tuning chose."""
+    return [
+        Job(SWEEP, method, weight, chosen["lr"], seed, full_scores=weight == chosen["weight"])
+        for method, chosen in selected.items()
+        for seed in settings.seeds
+        for weight in dict.fromkeys([*weights_of(method, settings.weights), chosen["weight"]])
+    ]
+
+
+def weights_of(method: str, weights: Iterable[float]) -> list[float]:
+    """Return the weights of a method: the same grid for all, down from what is largest for its losses."""
+    if parse_method(method).combine == FORGET_ONLY:
+        return [1.0]
+    return [float(f"{weight * weight_scale(parse_method(method)):.6g}") for weight in weights]
+
+
+def select(settings: Settings, folder: Path) -> Selected:
+    """Choose learning rate and weight of each method on the tuning seed.
+
+    The learning rate by the hypervolume of all its runs, stopping early included; among those runs, the weight by the
+    area that its last point dominates, of which a run that diverged has none. Of equals, the one that is tried first.
+    """
+    target = _read(yardstick_file(folder, TARGET, settings.tuning_seed % settings.targets))["final"]
+    selected = {}
+    for method in settings.methods:
+        jobs = [job for job in tuning_jobs(settings) if job.method == method]
+        runs = {job: _read(result_file(folder, job)) for job in jobs}
+        by_lr = {lr: [run for job, run in runs.items() if job.lr == lr] for lr in settings.lrs}
+        lr = max(settings.lrs, key=lambda lr: hypervolume([p for run in by_lr[lr] for p in _points(run, target)]))
+        best = max((job for job in jobs if job.lr == lr), key=lambda job: hypervolume(_last(runs[job], target)))
+        selected[method] = {"lr": lr, "weight": best.weight}
+    return selected
+
+
+def _points(run: dict[str, Any], target: dict[str, Any]) -> list[tuple[float, float]]:
+    """Return (1 - p_forget, kept) at every look that saw finite values."""
+    looks = [look for look in run["path"] if all(look[kind]["probability"] is not None for kind in KINDS)]
+    return [(1 - look["forget"]["probability"], kept(look, target)) for look in looks]
+
+
+def _last(run: dict[str, Any], target: dict[str, Any]) -> list[tuple[float, float]]:
+    return [] if run["diverged"] else _points(run, target)[-1:]
+
+
+def kept(look: dict[str, Any], target: dict[str, Any]) -> float:
+    """Return what is left of the probability of retain or untouched rows, of the two the lower."""
+    return min(look[kind]["probability"] / target[kind]["probability"] for kind in ("retain", "untouched"))
+
+
+def describe(settings: Settings, folder: Path, selected: Selected, command: str) -> None:
+    """Write settings.json and the yardsticks of each seed, from which the report is made."""
+    for role in ROLES:
+        for seed in settings.seeds:
+            name = f"{role}-{seed}" if settings.targets > 1 else role
+            write_json(folder / f"{name}.json", _read(yardstick_file(folder, role, seed % settings.targets)))
+    parameters = _read(yardstick_file(folder, TARGET, 0))["parameters"]
+    about = {"model": {"name": settings.model, "parameters": parameters}, "data": settings.subset}
+    made_by = {"selected": selected, "command": command, "commit": _commit(), "versions": _versions()}
+    write_json(folder / "settings.json", settings.to_json() | about | made_by)
+
+
+def _missing(folder: Path, jobs: list[Job]) -> list[tuple[Job]]:
+    return [(job,) for job in jobs if not result_file(folder, job).is_file()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    return f"{commit}, with changes" if git("status", "--porcelain", "--untracked-files=no") else commit or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,92 @@
+"""Compare ways to unlearn, on one machine: train, tune, unlearn with several seeds, and report.
+
+    python benchmarks/unlearning_bench.py --track tofu --data path/to/tofu
+
+What is finished is kept in --cache, so the same command goes on after an interrupt. The report goes to --out.
+"""
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from unlearning.presets import FORMS, preset
+from unlearning.settings import Settings
+from unlearning.tracks import TRACKS
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--track", nargs="+", choices=TRACKS, default=["tofu"], help="which benchmarks (default: tofu)")
+    add(
+        "--form",
+        choices=FORMS,
+        default="short",
+        help="minutes, hours, or what needs a GPU (default: short)",
+    )
+    add("--data", metavar="PATH", help="folder or hub name with the data of the track; default: what its preset says")
+    add("--subset", help="what is forgotten, such as forget01, forget05, forget10")
+    add("--model", help="a size (0.8m, 1m, 3m, 10m), trained from nothing; or a folder or a name of the hub")
+    add("--retrained", metavar="MODEL", help="with --form paper: the model that never saw what is forgotten")
+    add("--gguf-file", metavar="FILE", help="the file in the --model folder, where that is how it comes")
+    add("--name", help="of the report; needed beside --model or --subset, for the results to keep apart")
+    add("--methods", nargs="+", metavar="ID", help="such as npo+nll/blur; default: those of the preset")
+    add("--seeds", nargs="+", type=int, metavar="N", help="held-out seeds (default: 1 2 3); 0 is for tuning")
+    add("--steps", type=int, metavar="N", help="of unlearning")
+    add("--device", help="default: what the preset says")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: what the preset says")
+    add("--processes", type=int, default=2, metavar="N", help="side by side, one thread each (default: 2)")
+    add("--cache", type=Path, default=Path("unlearning-bench"), help="models and results (default: %(default)s)")
+    add("--out", type=Path, default=Path("docs/results/unlearning"), help="reports (default: %(default)s)")
+    add("--no-cost", action="store_true", help="leave out the timing of steps, which needs a quiet machine")
+    options = parser.parse_args(arguments)
+    if (options.model or options.subset) and not options.name:
+        parser.error("--name must be given with --model or --subset: these are other results than the preset's.")
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}.")
+    return options
+
+
+def make_settings(options: argparse.Namespace, track: str) -> Settings:
+    """Return the preset of a track with what the command line says otherwise."""
+    given = {
+        name: getattr(options, name)
+        for name in ("data", "subset", "model", "retrained", "gguf_file", "name", "steps", "device", "dtype")
+        if getattr(options, name) is not None
+    }
+    lists = {name: tuple(value) for name in ("methods", "seeds") if (value := getattr(options, name))}
+    return replace(preset(track, options.form), **given, **lists)
+
+
+def main() -> None:
+    """Run all tracks asked for."""
+    options = parse_options()
+    settings = [make_settings(options, track) for track in options.track]
+    # After the options, which are then met at once.
+    from shared_lib.console import make_console, make_progress
+    from unlearning.checks import check_settings
+    from unlearning.cost import measure_costs
+    from unlearning.report import write_report
+    from unlearning.stages import run_setting
+
+    for setting in settings:
+        check_settings(setting)
+    command = shlex.join(["python", "benchmarks/unlearning_bench.py", *sys.argv[1:]])
+    console = make_console()
+    for setting in settings:
+        with make_progress(console) as progress:
+            folder = run_setting(setting, options.cache, options.processes, command, progress)
+            if not options.no_cost:
+                measure_costs(setting, options.cache, progress)
+        console.print(f"{setting.name}: {write_report(folder, options.out)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    from shared_lib.errors import run
+
+    sys.exit(run(main))
