@@ -26,6 +26,7 @@ class Pair(NamedTuple):
         group: the index of its param group.
         scales: of the blocks of ``forget``, where that is int8.
         weight: of its dots in the sum over all ranks.
+        member: its place in :attr:`Rows.members`.
     """
 
     param: Tensor
@@ -35,6 +36,7 @@ class Pair(NamedTuple):
     group: int
     scales: Tensor | None = None
     weight: float = 1.0
+    member: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +70,21 @@ class Rows:
         return rows
 
     @property
+    def params(self) -> list[Tensor]:
+        return [p for p, _, _ in self.members]
+
+    def sums(self, table: Tensor) -> Tensor:
+        """``[members, 3] -> [rows, 3]``: add what belongs to one row, in an order that no number of threads changes."""
+        sizes = [0] * len(self.gammas)
+        for _, row, _ in self.members:
+            sizes[row] += 1
+        if sizes == [1] * len(self.members):
+            return table
+        # In pieces shorter than what torch shares out to several threads.
+        pieces = [torch.split(piece, 4096) for piece in torch.split(table, sizes)]
+        return torch.stack([torch.stack([part.sum(0) for part in parts]).sum(0) for parts in pieces])
+
+    @property
     def device(self) -> torch.device:
         """Where a rank computes that has no gradient at all, beside others that have."""
         return to_local(self.members[0][0]).device if self.members else torch.device("cpu")
@@ -76,7 +93,7 @@ class Rows:
         """What has to be the same on all ``ranks``, in words, for :meth:`Ranks.sum_`; empty where there is one rank."""
         if not ranks.are_many:
             return ""
-        params = [p for p, _, _ in self.members]
+        params = self.params
         weights = f"gamma {sorted(set(self.gammas))}, retain_weight {sorted(set(self.alphas))}"
         if not ranks.see_the_same_gradients:
             return f"{len(params)} parameters, {weights}"
@@ -167,13 +184,13 @@ def pair_gradients(rows: Rows, stash: Stash, ranks: Ranks) -> PairedGradients:
     stash.settle()
     facts = rows.facts(ranks, lambda p: stash.get(p) is not None, lambda p: p.grad is not None)
     result = PairedGradients([], rows, ranks, facts)
-    for p, row, group in rows.members:
+    for member, (p, row, group) in enumerate(rows.members):
         stashed = stash.pop(p)
         if stashed is None and p.grad is None:
             continue
         forget, retain = _two_gradients(p, stashed)
         scales = None if stashed is None or not forget.numel() else stashed.scales
-        result.pairs.append(Pair(p, forget, retain, row, group, scales, ranks.weight(p)))
+        result.pairs.append(Pair(p, forget, retain, row, group, scales, ranks.weight(p), member))
     return result
 
 

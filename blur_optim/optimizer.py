@@ -67,6 +67,8 @@ class BLUR(Optimizer):
     _found_inf: Tensor | None
     _witness: tuple[Tensor, Tensor | None] | None
     _zeros: list[tuple[Tensor, int]]
+    #: Take the dots of each parameter too, in the same pass, for ``statistics``; on all ranks or on none.
+    record_alignment = False
 
     def __init__(
         self,
@@ -219,7 +221,7 @@ class BLUR(Optimizer):
         if self._last is None:
             return None
         p = self._last
-        return StepStatistics(p.dots, p.a, p.b, p.update_norm, self._skipped)
+        return StepStatistics(p.dots, p.a, p.b, p.update_norm, self._skipped, p.params, p.parameter_dots)
 
     # -- What an Optimizer owes to its surroundings ------------------------------------------------------------------
 
@@ -375,7 +377,7 @@ class BLUR(Optimizer):
 
     def _settings(self) -> Projector:
         rule = _make_rule(self.rule, self.normalize)
-        return Projector(self.backend, rule, self.scope == "global", self.max_grad_norm)
+        return Projector(self.backend, rule, self.scope == "global", self.max_grad_norm, self.record_alignment)
 
     def _record(self, gradients: PairedGradients, projection: Projection) -> None:
         self._last, self._found_inf = projection, projection.found_inf

@@ -19,12 +19,14 @@ class Projector:
         backend: a name, or None for the fastest on each device.
         rule: from ``[rows]`` dots to ``[rows]`` coefficients.
         sum_rows: the rule sees the sums over all rows (``scope="global"``) rather than each row's own dots.
+        by_parameter: take the dots of each parameter, and add them up to those of the rows.
     """
 
     backend: str | None
     rule: Rule
     sum_rows: bool
     max_grad_norm: float | None
+    by_parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Projection:
         a, b: ``[rows]``, clipping included; NaN where ``found_inf`` is set.
         update_norm: 0-d, clipping included.
         found_inf: 0-d float32, 1 where a dot is not finite. The form that fused optimizers take.
+        params: those that took part, in the order of the param groups.
+        parameter_dots: three ``[len(params)]`` tensors, where they were asked for.
     """
 
     dots: Dots
@@ -43,6 +47,8 @@ class Projection:
     b: Tensor
     update_norm: Tensor
     found_inf: Tensor
+    params: list[Tensor]
+    parameter_dots: Dots | None = None
 
     @property
     def coefficients(self) -> Tensor:
@@ -59,19 +65,19 @@ def project(gradients: PairedGradients, settings: Projector, grad_scale: Tensor 
 
     No host synchronisation. One all-reduce where parameters are sharded.
     """
-    table = gradients.ranks.sum_(take_dots(gradients, settings.backend), gradients.facts)
+    table = gradients.ranks.sum_(take_dots(gradients, settings), gradients.facts)
     return solve(table, gradients.rows, settings, grad_scale)
 
 
-def take_dots(gradients: PairedGradients, backend: str | None) -> Tensor:
-    """``[rows, 3]`` float64: <g_r, g_f>, |g_f|^2, |g_r|^2 of each row, this rank's part."""
-    rows = len(gradients.rows.gammas)
+def take_dots(gradients: PairedGradients, settings: Projector) -> Tensor:
+    """``[rows, 3]`` float64: <g_r, g_f>, |g_f|^2, |g_r|^2 of each row (``by_parameter``: member), this rank's part."""
+    rows = len(gradients.rows.members if settings.by_parameter else gradients.rows.gammas)
     table = torch.zeros(rows, 3, dtype=torch.float64, device=gradients.device)
     for device, weight, pairs in gradients.batches():
-        dots = select_backend(backend, device).multi_tensor_dots(
+        dots = select_backend(settings.backend, device).multi_tensor_dots(
             [pair.forget for pair in pairs],
             [pair.retain for pair in pairs],
-            [pair.row for pair in pairs],
+            [pair.member if settings.by_parameter else pair.row for pair in pairs],
             rows,
             block_scales(pairs),
         )
@@ -103,18 +109,21 @@ def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
 
 
 def solve(table: Tensor, rows: Rows, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
-    """The scalar part: from the ``[rows, 3]`` dots to the coefficients."""
+    """The scalar part: from the dots, as :func:`take_dots` has them, to the coefficients."""
     gamma, alpha = (_filled(values, table.device) for values in (rows.gammas, rows.alphas))
     found_inf = (~table.isfinite().all()).float()
     if grad_scale is not None:
         table = table / grad_scale / grad_scale
+    parameter_dots = Dots(*table.unbind(1)) if settings.by_parameter else None
+    table = rows.sums(table) if settings.by_parameter else table
     own = Dots(*table.unbind(1))
     shared = Dots(*table.sum(0).expand_as(table).unbind(1)) if settings.sum_rows else own
     a, b = settings.rule(shared, gamma, alpha)
     # What is not finite must show in the update too: a GradScaler lowers its scale only if it finds it there, and dots
     # overflow before gradients do.
     a, b = (torch.where(found_inf > 0, torch.nan, x) for x in (a, b))
-    return clipped(Projection(own, a, b, a.new_zeros(()), found_inf), settings.max_grad_norm)
+    projection = Projection(own, a, b, a.new_zeros(()), found_inf, rows.params, parameter_dots)
+    return clipped(projection, settings.max_grad_norm)
 
 
 def clipped(projection: Projection, max_grad_norm: float | None) -> Projection:

@@ -80,7 +80,7 @@ def recompute(
 
     rows = Rows.of(param_groups, lambda p: ranks.are_many or p in measured.dots, per_parameter)
     facts = rows.facts(ranks, lambda p: stash.get(p) is not None, with_retain.__contains__)
-    table = ranks.sum_(measured.table(rows, ranks), facts)
+    table = ranks.sum_(measured.table(rows, ranks, settings.by_parameter), facts)
     # The norm of a sum is known after the second evaluation.
     projection = solve(table, rows, replace(settings, max_grad_norm=None) if measured.repeated else settings)
     b = _nonzero_b(projection)
@@ -96,8 +96,8 @@ def recompute(
     _check_repeated(loss, again, after, _random_states(params))
     gradients = pair_gradients(rows, stash, ranks)
     if measured.repeated:
-        summed = ranks.sum_(take_dots(gradients, settings.backend), facts)[:, 2]
-        projection = clipped(_with_retain_norm(projection, summed, share), settings.max_grad_norm)
+        summed = ranks.sum_(take_dots(gradients, settings), facts)[:, 2]
+        projection = clipped(_with_retain_norm(projection, rows, summed, share), settings.max_grad_norm)
     return Recomputed(loss, gradients, projection, replace(projection, b=_nonzero_b(projection)))
 
 
@@ -131,13 +131,15 @@ class _Measured:
                 forget = self._forget(p, p)
                 self.dots[p] = self._dots(forget, forget.new_empty(0))
 
-    def table(self, rows: Rows, ranks: Ranks) -> Tensor:
-        """``[rows, 3]``: this rank's part."""
-        found: list[list[Tensor]] = [[] for _ in rows.gammas]
+    def table(self, rows: Rows, ranks: Ranks, by_parameter: bool) -> Tensor:
+        """``[rows, 3]``, or ``[members, 3]``: this rank's part."""
+        found: list[list[Tensor]] = [[] for _ in (rows.members if by_parameter else rows.gammas)]
         device = next(iter(self.dots.values())).device if self.dots else rows.device
-        for p, row, _ in rows.members:
+        for member, (p, row, _) in enumerate(rows.members):
             if p in self.dots:
-                found[row].append(self.dots[p].to(device, non_blocking=True) * ranks.weight(p))
+                found[member if by_parameter else row].append(
+                    self.dots[p].to(device, non_blocking=True) * ranks.weight(p)
+                )
         zero = torch.zeros(3, dtype=torch.float64, device=device)
         return torch.stack([torch.stack([zero, *dots]).sum(0) for dots in found]) if found else zero[None][:0]
 
@@ -161,11 +163,19 @@ def _nonzero_b(projection: Projection) -> Tensor:
     return torch.where(projection.b == 0, projection.a.abs() * _SMALLEST_SHARE, projection.b)
 
 
-def _with_retain_norm(projection: Projection, summed: Tensor, share: Tensor) -> Projection:
+def _with_retain_norm(projection: Projection, rows: Rows, summed: Tensor, share: Tensor) -> Projection:
     r"""Fill in :math:`\|g_r\|^2` of each row, from :math:`\|s g_f + g_r\|^2` and what was known before."""
-    dots = projection.dots
+    if projection.parameter_dots is None:
+        return replace(projection, dots=_filled_in(projection.dots, summed, share))
+    shares = torch.cat([share[row : row + 1] for _, row, _ in rows.members])
+    by_parameter = _filled_in(projection.parameter_dots, summed, shares)
+    dots = Dots(*rows.sums(torch.stack(by_parameter, dim=1)).unbind(1))
+    return replace(projection, dots=dots, parameter_dots=by_parameter)
+
+
+def _filled_in(dots: Dots, summed: Tensor, share: Tensor) -> Dots:
     known = share.square() * dots.forget_norm_sq + 2 * share * dots.retain_forget
-    return replace(projection, dots=Dots(dots.retain_forget, dots.forget_norm_sq, (summed - known).clamp(min=0)))
+    return dots._replace(retain_norm_sq=(summed - known).clamp(min=0))
 
 
 def _check_final(params: Iterable[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """What one step saw: norms, cosine, coefficients, as device tensors that cost nothing until they are read."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ class StepStatistics:
         retain_coefficient: ``[rows]`` float64: b, after clipping.
         update_norm: 0-d float64: :math:`\|u\|`, after clipping.
         skipped: 0-d int64: steps skipped so far because a gradient was not finite.
+        params: the parameters that took part, in the order of the param groups.
+        parameter_dots: three ``[len(params)]`` float64 tensors, over all ranks, where ``BLUR.record_alignment`` was
+            set before the step.
     """
 
     dots: Dots
@@ -28,6 +32,8 @@ class StepStatistics:
     retain_coefficient: Tensor
     update_norm: Tensor
     skipped: Tensor
+    params: Sequence[Tensor] = ()
+    parameter_dots: Dots | None = None
 
     @property
     def dot_retain_forget(self) -> Tensor:
@@ -53,8 +59,12 @@ class StepStatistics:
     @property
     def row_cosines(self) -> Tensor:
         """``[rows]``: the cosine within each row; 0 where a gradient is zero."""
-        norms = self.dots.forget_norm_sq.sqrt() * self.dots.retain_norm_sq.sqrt()
-        return torch.where(norms > 0, self.dots.retain_forget / norms, 0.0)
+        return _cosines(self.dots)
+
+    @property
+    def parameter_cosines(self) -> Tensor | None:
+        """``[len(params)]``: the cosine within each parameter, whatever the scope; None unless they were taken."""
+        return None if self.parameter_dots is None else _cosines(self.parameter_dots)
 
     def to_dict(self) -> dict[str, float | list[float]]:
         """Read everything with one device-to-host copy, the only synchronisation of this class.
@@ -62,15 +72,30 @@ class StepStatistics:
         Returns:
             Floats; the two coefficients are lists where there is more than one row.
         """
-        scalars = ("forget_norm", "retain_norm", "dot_retain_forget", "cosine", "update_norm", "skipped")
-        rows = len(self.forget_coefficient)
-        packed = [getattr(self, name).double().reshape(1) for name in scalars]
-        values = torch.cat([*packed, self.forget_coefficient, self.retain_coefficient]).tolist()
-        result: dict[str, float | list[float]] = dict(zip(scalars, values, strict=False))
-        result["forget_coefficient"] = _item_or_list(values[len(scalars) : len(scalars) + rows])
-        result["retain_coefficient"] = _item_or_list(values[len(scalars) + rows :])
+        result = read_tensors(self.tensors())
+        for name in ("forget_coefficient", "retain_coefficient"):
+            values = result[name]
+            result[name] = values[0] if isinstance(values, list) and len(values) == 1 else values
         return result
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`to_dict` reads, by name, still on the device."""
+        names = ("forget_norm", "retain_norm", "dot_retain_forget", "cosine", "update_norm", "skipped")
+        return {name: getattr(self, name) for name in (*names, "forget_coefficient", "retain_coefficient")}
 
-def _item_or_list(values: list[float]) -> float | list[float]:
-    return values[0] if len(values) == 1 else values
+
+def read_tensors(tensors: Mapping[str, Tensor]) -> dict[str, float | list[float]]:
+    """Read 0-d and 1-d tensors as floats and lists, with one device-to-host copy for each device."""
+    values: dict[str, float | list[float]] = dict.fromkeys(tensors, 0.0)
+    for device in {t.device for t in tensors.values()}:
+        mine = {name: t for name, t in tensors.items() if t.device == device}
+        packed = torch.cat([t.detach().double().reshape(-1) for t in mine.values()]).tolist()
+        for name, t in mine.items():
+            values[name] = packed[: t.numel()] if t.dim() else packed[0]
+            del packed[: t.numel()]
+    return values
+
+
+def _cosines(dots: Dots) -> Tensor:
+    norms = dots.forget_norm_sq.sqrt() * dots.retain_norm_sq.sqrt()
+    return torch.where(norms > 0, dots.retain_forget / norms, 0.0)

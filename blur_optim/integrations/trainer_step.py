@@ -44,6 +44,8 @@ class BLURStepMixin:
         self.forget_loss, self.retain_loss, self.blur_options = forget_loss, retain_loss, options
         self._pending: list[dict[str, Any]] = []
         self._loss_sums = torch.zeros(3)
+        #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
+        self.last_losses: tuple[Tensor, Tensor] | None = None
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -94,6 +96,7 @@ class BLURStepMixin:
         # The scale, or under fp16 max_grad_norm, normalize and statistics would be those of scaled gradients.
         with blur.retain(grad_scale=self.accelerator.scaler):
             retain = self._run_phase(model, "retain", batches)
+        self.last_losses = forget, retain
         self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
         group = blur.param_groups[0]
         loss: Tensor = group["gamma"] * forget + group["retain_weight"] * retain

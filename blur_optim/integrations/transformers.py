@@ -20,6 +20,7 @@ from blur_optim.integrations.objectives import (
     make_retain_loss,
 )
 from blur_optim.integrations.pairs import PairCollator, PairedDataset, PairSampler, single_batches
+from blur_optim.integrations.record import RecordCallback
 from blur_optim.integrations.trainer_step import BLURStepMixin, blur_options
 from blur_optim.losses import ReferenceLogProbs
 from blur_optim.losses.reference import adapter_owner
@@ -69,6 +70,13 @@ class BLURTrainingArguments(TrainingArguments):
     reference_file: str | None = field(
         default=None,
         metadata={"help": f"Keeps what npo and dpo compare with; output_dir/{REFERENCE_FILE} unless given."},
+    )
+    record: str | None = field(
+        default=None, metadata={"help": "File of what each step saw, for python -m blur_optim.plot: 'run.jsonl'."}
+    )
+    record_every: int = field(default=1, metadata={"help": "Record each step whose number divides by this."})
+    record_alignment: bool = field(
+        default=False, metadata={"help": "Record the cosine within each parameter too; see blur_optim.recorder."}
     )
 
     def __post_init__(self) -> None:
@@ -148,6 +156,9 @@ class BLURTrainer(BLURStepMixin, Trainer):
             make_retain_loss(retain_loss, shared),
             **{**args.blur_options(), **({} if rule is None else {"rule": rule})},
         )
+        if args.record is not None:
+            options = {"every": args.record_every, "alignment": args.record_alignment}
+            self.add_callback(RecordCallback(self, args.record, **options))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; before the first step, compute what the forget loss compares with.

@@ -45,11 +45,16 @@ LAYERS = [
     "fused",
     "env",
     "optimizer",
+    "record_file",
+    "recorder",
+    "plot_rows",
+    "plot",
     "",
     "integrations",
     "integrations.pairs",
     "integrations.objectives",
     "integrations.trainer_step",
+    "integrations.record",
     "integrations.transformers",
     "integrations.open_unlearning",
     "integrations.lightning",
@@ -94,7 +99,7 @@ def test_the_optimizer_is_found_to_import_the_rules():
 def test_importing_is_light():
     code = (
         "import sys, torch; before = set(sys.modules); import blur_optim; "
-        "heavy = {'triton', 'transformers', 'accelerate', 'peft', 'lightning', 'numpy'}; "
+        "heavy = {'triton', 'transformers', 'accelerate', 'peft', 'lightning', 'numpy', 'matplotlib'}; "
         "heavy |= {'torch.distributed.tensor', 'torch._dynamo'}; "
         "new = {m for m in set(sys.modules) - before if m in heavy}; "
         "assert not new, new; assert not torch.cuda.is_initialized()"
