@@ -48,7 +48,7 @@ MUSE_SHORT = Settings(
     "",
     "books",
     model="0.8m",
-    learning=Learning(lr=3e-3, epochs=40, batch_size=8, known=0.97),
+    learning=Learning(lr=3e-3, epochs=100, batch_size=4, known=0.95),
     max_length=160,
     methods=MUSE_METHODS,
     lrs=(3e-4, 1e-3),
@@ -114,6 +114,7 @@ MUSE_PAPER = {
         generated_rows=100,
         beta=0.05,
         device="cuda",
+        dtype="bfloat16",
         threads=8,
     ),
 }
@@ -130,8 +131,8 @@ MUSE_PAPER["books"] = replace(
 )
 
 # arXiv:2506.08164, not run here. Nobody has a Zephyr without the hazards: the target stands in for the retrained model,
-# so what the scores are to be compared with is chance. RMU: lr 5e-5, and its alpha of 800 is the weight 0.0125 (in the
-# unit of 0.1, w = 1 / 800); NPO: lr 2e-6, and gamma 1 is the weight 10. Tuning finds which is whose.
+# so what the scores are to be compared with is chance. RMU: lr 5e-5, and its alpha of 800 is 1 / 2400 (in the
+# unit of 3, w = 1 / 800); NPO: lr 2e-6, and gamma 1 is the weight 10. Tuning finds which is whose.
 WMDP_PAPER = replace(
     WMDP_SHORT,
     name="wmdp-cyber-paper",
@@ -147,8 +148,8 @@ WMDP_PAPER = replace(
     authors=0,
     max_length=512,
     lrs=(5e-5, 2e-6),
-    tuning_weights=(10.0, 0.0125),
-    weights=(10.0, 1.0, 0.1, 0.0125),
+    tuning_weights=(10.0, 1 / 2400),
+    weights=(10.0, 1.0, 0.1, 1 / 2400),
     steps=150,
     looks=5,
     look_rows=100,
@@ -157,6 +158,7 @@ WMDP_PAPER = replace(
     steering=6.5,
     layers=(5, 6, 7),
     device="cuda",
+    dtype="bfloat16",
     threads=8,
 )
 

@@ -127,6 +127,11 @@ def describe(settings: Settings, folder: Path, selected: Selected, command: str)
             write_json(folder / f"{name}.json", _read(yardstick_file(folder, role, seed % settings.targets)))
     parameters = _read(yardstick_file(folder, TARGET, 0))["parameters"]
     about = {"model": {"name": settings.model, "parameters": parameters}, "data": settings.subset}
+    sweep = {job.method: [] for job in sweep_jobs(settings, selected)}
+    for job in sweep_jobs(settings, selected):
+        if job.weight not in sweep[job.method]:
+            sweep[job.method].append(job.weight)
+    about |= {"sweep_weights": sweep, "rows": _read(yardstick_file(folder, TARGET, 0))["rows"]}
     made_by = {"selected": selected, "command": command, "commit": _commit(), "versions": _versions()}
     write_json(folder / "settings.json", settings.to_json() | about | made_by)
 

@@ -30,6 +30,8 @@ def model_folder(cache: Path, settings: Settings, role: str, number: int) -> Pat
     if settings.learning is None:
         return Path(settings.model if role == TARGET else settings.retrained)
     data = [settings.track, settings.data, settings.subset, settings.authors, settings.passages, settings.max_length]
+    if settings.retain_data:
+        data.append(settings.retain_data)
     parts = [CACHE_FORMAT, role, number, settings.model, settings.gguf_file, asdict(settings.learning), data]
     return cache / "models" / f"{settings.name}-{role}-{number}-{_hash(parts)}"
 

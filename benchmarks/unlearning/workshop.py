@@ -15,7 +15,7 @@ from shared_lib.models import Model, load_model, load_tokenizer, quiet_transform
 
 from . import targets
 from .jobs import FORMAT, Job, result_file, setting_folder, write_json, yardstick_file
-from .loop import Look, Unlearning, look_at, relearn
+from .loop import KINDS, Look, Unlearning, look_at, relearn
 from .losses import Before
 from .methods import parse_method
 from .settings import Settings
@@ -57,8 +57,12 @@ class Workshop:
             "scores": scores,
             "training": json.loads(training.read_text()) if training.is_file() else None,
             "parameters": model.num_parameters(),
+            "rows": {kind: len(getattr(self.task, kind)) for kind in KINDS},
+            "relearning": None,
         }
         if role == RETRAINED:
+            if self.settings.relearning_steps:  # What comes back in a model that never knew it was not relearned.
+                result["relearning"] = relearn(model, self.task, self.settings, number)
             write_json(self.folder / "yardsticks" / f"reference-{number}.json", reference)
         write_json(yardstick_file(self.folder, role, number), result)
 

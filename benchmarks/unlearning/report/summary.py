@@ -1,0 +1,195 @@
+"""What the runs of a setting come to, method by method: all that tables, figures and sentences are made of."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from .compare import TAUS, Paired, Point, front, hypervolume, lowest_at, paired
+from .load import Measured, Run, Selected, Setting, Yardstick
+from .names import FORGET_ONLY, Method
+
+SWEEP = "sweep"
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """A method on the held-out seeds.
+
+    Args:
+        runs: of the sweep, one for each learning rate, weight and seed.
+        expected: the weight and seed of each run that there will be.
+        points: by seed, of all runs and of their paths. A seed that has not run is absent, here and below.
+        at_tau: lowest log p_forget by tau and seed; None where no point keeps that much.
+    """
+
+    method: Method
+    selected: Selected | None
+    runs: tuple[Run, ...]
+    expected: tuple[tuple[float, int], ...]
+    points: dict[int, tuple[Point, ...]]
+    at_tau: dict[float, dict[int, float | None]]
+    hypervolumes: dict[int, float]
+
+    @property
+    def missing(self) -> tuple[tuple[float, int], ...]:
+        """Return weight and seed of runs that are still to come."""
+        there = {(run.weight, run.seed) for run in self.runs}
+        return tuple(pair for pair in self.expected if pair not in there)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Return the weights of all runs, those to come too."""
+        return tuple(dict.fromkeys(weight for weight, _ in self.expected))
+
+    @property
+    def diverged(self) -> int:
+        return sum(run.diverged for run in self.runs)
+
+    @property
+    def selected_runs(self) -> tuple[Run, ...]:
+        """Return the runs at the selected learning rate and weight, one a seed."""
+        if self.selected is None:
+            return ()
+        chosen = (self.selected.lr, self.selected.weight)
+        return tuple(run for run in self.runs if (run.lr, run.weight) == chosen)
+
+    @property
+    def front_by_seed(self) -> dict[int, tuple[Point, ...]]:
+        return {seed: front(points) for seed, points in self.points.items()}
+
+    def runs_at(self, weight: float) -> tuple[Run, ...]:
+        """Return the runs of this weight; where several learning rates were swept, those of the selected one."""
+        runs = [run for run in self.runs if run.weight == weight]
+        if self.selected and len({run.lr for run in runs}) > 1:
+            runs = [run for run in runs if run.lr == self.selected.lr]
+        return tuple(runs)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A setting's methods in its own order. ``left_out``: run files that belong to no method or seed of it."""
+
+    setting: Setting
+    methods: tuple[MethodSummary, ...]
+    left_out: int
+
+    @cached_property
+    def by_id(self) -> dict[str, MethodSummary]:
+        return {summary.method.id: summary for summary in self.methods}
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Return pairs of losses that are compared within; a forget loss alone belongs to each pair it is part of."""
+        paired_ = [s.method.losses for s in self.methods if s.method.combine != FORGET_ONLY]
+        alone = [s.method.losses for s in self.methods if s.method.combine == FORGET_ONLY]
+        lonely = [name for name in alone if all(pair.partition("+")[0] != name for pair in paired_)]
+        return tuple(dict.fromkeys(paired_ + lonely))
+
+    def of_losses(self, losses: str) -> tuple[MethodSummary, ...]:
+        """Return the methods with these losses, and the forget loss alone."""
+        forget = losses.partition("+")[0]
+        return tuple(s for s in self.methods if s.method.losses in (losses, forget))
+
+    @property
+    def sweep_runs(self) -> tuple[Run, ...]:
+        return tuple(run for summary in self.methods for run in summary.runs)
+
+    def baseline(self, summary: MethodSummary) -> MethodSummary | None:
+        """Return the weighted sum of the same losses, if it is one of the methods and not this one."""
+        return self.by_id.get(summary.method.baseline or "")
+
+    def at_equal_retain(self, summary: MethodSummary, tau: float) -> Paired | None:
+        """Compare log p_forget with the baseline's; None without one."""
+        baseline = self.baseline(summary)
+        if baseline is None:
+            return None
+        return paired(summary.at_tau[tau], baseline.at_tau[tau], self.setting.seeds, lower_wins=True)
+
+    def of_hypervolume(self, summary: MethodSummary) -> Paired | None:
+        """Compare hypervolumes with the baseline's; None without one."""
+        baseline = self.baseline(summary)
+        if baseline is None:
+            return None
+        return paired(summary.hypervolumes, baseline.hypervolumes, self.setting.seeds, lower_wins=False)
+
+    def reached_retrained(self, summary: MethodSummary, tau: float) -> int | None:
+        """Count seeds whose log p_forget at equal retain is no higher than the retrained model's."""
+        if not self.setting.retrained:
+            return None
+        levels = [y.final.forget.log_prob for y in self.setting.retrained.values()]
+        level = sum(levels) / len(levels)
+        return sum(value is not None and value <= level for value in summary.at_tau[tau].values())
+
+
+def summarize(setting: Setting) -> Summary:
+    """Sort the runs by method and compute what does not need a baseline."""
+    ids = {method.id for method in setting.methods}
+    runs = [run for run in setting.runs if run.method.id in ids]
+    sweep = [run for run in runs if run.stage == SWEEP and run.seed in setting.seeds]
+    tuning = [run for run in runs if run.stage != SWEEP]
+    return Summary(
+        setting=setting,
+        methods=tuple(_summarize(setting, m, [run for run in sweep if run.method == m]) for m in setting.methods),
+        left_out=len(setting.runs) - len(sweep) - len(tuning),
+    )
+
+
+def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSummary:
+    runs = _without_doubles(runs)
+    selected = setting.selected.get(method.id)
+    have_run = {run.seed for run in runs if setting.target(run.seed)}
+    points = {seed: tuple(_points(setting, seed, runs)) for seed in setting.seeds if seed in have_run}
+    return MethodSummary(
+        method=method,
+        selected=selected,
+        runs=tuple(runs),
+        expected=tuple((weight, seed) for weight in _weights(setting, method, runs) for seed in setting.seeds),
+        points=points,
+        at_tau={tau: {seed: lowest_at(found, tau) for seed, found in points.items()} for tau in TAUS},
+        hypervolumes={s: hypervolume((1 - p.probability, p.kept) for p in found) for s, found in points.items()},
+    )
+
+
+def _weights(setting: Setting, method: Method, runs: list[Run]) -> tuple[float, ...]:
+    """Return the weights that there will be: those that are said to be; or else the grid, if runs are on it."""
+    if method.id in setting.sweep_weights:
+        return setting.sweep_weights[method.id]
+    selected = setting.selected.get(method.id)
+    there = {run.weight for run in runs} | ({selected.weight} if selected else set())
+    if method.combine == FORGET_ONLY:  # There is nothing to weigh.
+        return tuple(sorted(there, reverse=True)) or (1.0,)
+    if there <= set(setting.weights) or not runs:
+        return setting.weights
+    return tuple(sorted(there, reverse=True))
+
+
+def _without_doubles(runs: Iterable[Run]) -> list[Run]:
+    """Keep one run of each job, with full scores if one has them, ordered by weight and seed."""
+    best: dict[tuple[float, float, int], Run] = {}
+    for run in sorted(runs, key=lambda run: run.scores is not None):
+        best[run.weight, run.lr, run.seed] = run
+    return [best[key] for key in sorted(best, key=lambda key: (-key[0], key[1], key[2]))]
+
+
+def _points(setting: Setting, seed: int, runs: Iterable[Run]) -> Iterable[Point]:
+    target = setting.target(seed)
+    assert target is not None
+    for run in runs:
+        if run.seed == seed:
+            for entry in run.path:
+                if entry.measured:
+                    yield _point(entry.measured, target, start=entry.step == 0)
+            if run.final:
+                yield _point(run.final, target, start=False)
+
+
+def _point(measured: Measured, target: Yardstick, *, start: bool) -> Point:
+    return Point(
+        kept=min(
+            measured.retain.probability / target.final.retain.probability,
+            measured.untouched.probability / target.final.untouched.probability,
+        ),
+        log_prob=measured.forget.log_prob,
+        probability=measured.forget.probability,
+        start=start,
+    )

@@ -1,0 +1,247 @@
+"""The report's tables: raw values in cells, so that Markdown and JSON are made of the same."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .compare import TAUS, Spread, spread
+from .gradients import alignment
+from .load import KINDS, RELEARNED, Measured, Relearning, Run, Yardstick
+from .names import WEIGHTED_SUM, is_p_value, score_label
+from .numbers import percent
+from .summary import MethodSummary, Summary
+
+Cell = Any  # None, str, int, float, Spread, Paired or (least, largest)
+SCORES_SIDE_BY_SIDE = 7
+TARGET, RETRAINED = "target", "retrained"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and how its cells are written: one of ``markdown.FORMATS``."""
+
+    name: str
+    form: str = "text"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells. ``folded``: long, and of interest to few."""
+
+    key: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    folded: bool = False
+
+
+METHOD = Column("method")
+LOG, PROBABILITY = "log", "probability"
+MEASURED = (
+    Column("log p_forget", LOG),
+    Column("p_forget", PROBABILITY),
+    Column("p_retain", PROBABILITY),
+    Column("p_untouched", PROBABILITY),
+)
+
+
+def main_table(summary: Summary) -> Table:
+    """Every method at what tuning selected, and the two yardsticks."""
+    rows = [
+        (label, None, None, None, None, *_measured(y.final for y in yardsticks))
+        for label, yardsticks in _yardsticks(summary)
+    ]
+    for method in summary.methods:
+        runs, chosen = method.selected_runs, method.selected
+        good = [run.final for run in runs if run.final]
+        picked = (chosen.lr, chosen.weight) if chosen else (None, None)
+        rows.append((method.method.label, *picked, len(good), len(runs) - len(good), *_measured(good)))
+    columns = (METHOD, Column("lr", "weight"), Column("w", "weight"), Column("seeds", "count"))
+    return Table("main", "At the selected weight", (*columns, Column("diverged", "count"), *MEASURED), tuple(rows))
+
+
+def _yardsticks(summary: Summary) -> list[tuple[str, Sequence[Yardstick]]]:
+    found = ((TARGET, summary.setting.targets), (RETRAINED, summary.setting.retrained))
+    return [(name, tuple(yardsticks.values())) for name, yardsticks in found if yardsticks]
+
+
+def _measured(finals: Iterable[Measured]) -> tuple[Spread | None, ...]:
+    finals = list(finals)
+    log_prob = spread([final.forget.log_prob for final in finals])
+    return (log_prob, *(spread([getattr(final, kind).probability for final in finals]) for kind in KINDS))
+
+
+def equal_retain_tables(summary: Summary) -> tuple[Table, ...]:
+    """For each tau, log p_forget at equal retain and the paired difference to the weighted sum."""
+    return tuple(_equal_retain(summary, tau) for tau in TAUS)
+
+
+PAIRED = (
+    Column("difference", "paired"),
+    Column("wins", "wins"),
+    Column("pairs of seeds", "pairs"),
+    Column("verdict", "verdict"),
+)
+
+
+def _equal_retain(summary: Summary, tau: float) -> Table:
+    rows = []
+    for method in summary.methods:
+        values = method.at_tau[tau]
+        reached = [value for value in values.values() if value is not None]
+        difference = summary.at_equal_retain(method, tau)
+        retrained = summary.reached_retrained(method, tau)
+        counts = (f"{len(reached)} of {len(values)}", None if retrained is None else f"{retrained} of {len(values)}")
+        rows.append((method.method.label, spread(reached), *counts, *[difference] * len(PAIRED)))
+    columns = (
+        METHOD,
+        Column("log p_forget", LOG),
+        Column("seeds that keep enough"),
+        Column("as low as retrained"),
+        *PAIRED,
+    )
+    return Table(f"equal-retain-{tau:g}", f"Keeping {percent(tau)} of retain and untouched", columns, tuple(rows))
+
+
+def hypervolume_table(summary: Summary) -> Table:
+    """Dominated area and the paired difference to the weighted sum."""
+    rows = []
+    for method in summary.methods:
+        difference = summary.of_hypervolume(method)
+        rows.append((method.method.label, spread(list(method.hypervolumes.values())), *[difference] * len(PAIRED)))
+    return Table("hypervolume", "Hypervolume", (METHOD, Column("hypervolume", PROBABILITY), *PAIRED), tuple(rows))
+
+
+def score_tables(summary: Summary) -> tuple[Table, ...]:
+    """The benchmark's own scores at the selected weight, a few of them side by side."""
+    rows: list[tuple[str, list[dict[str, float | None]]]] = [
+        (label, [y.scores for y in yardsticks if y.scores]) for label, yardsticks in _yardsticks(summary)
+    ]
+    rows += [(m.method.label, [run.scores for run in m.selected_runs if run.scores]) for m in summary.methods]
+    names = list(dict.fromkeys(name for _, found in rows for scores in found for name in scores))
+    parts = [names[i : i + SCORES_SIDE_BY_SIDE] for i in range(0, len(names), SCORES_SIDE_BY_SIDE)]
+    return tuple(_scores(i, part, rows) for i, part in enumerate(parts, start=1))
+
+
+def _scores(number: int, names: list[str], rows: list[tuple[str, list[dict[str, float | None]]]]) -> Table:
+    return Table(
+        f"scores-{number}",
+        "",
+        (METHOD, *(Column(score_label(name), "p" if is_p_value(name) else "score") for name in names)),
+        tuple((label, *(_score(found, name) for name in names)) for label, found in rows),
+    )
+
+
+def _score(found: list[dict[str, float | None]], name: str) -> Spread | None:
+    return spread([value for scores in found if (value := scores.get(name)) is not None])
+
+
+def weight_tables(summary: Summary) -> tuple[Table, ...]:
+    """The end of the run for every weight, a table for each pair of losses."""
+    return tuple(_weights(summary, losses) for losses in dict.fromkeys(m.method.losses for m in summary.methods))
+
+
+def _weights(summary: Summary, losses: str) -> Table:
+    methods = [m for m in summary.methods if m.method.losses == losses]
+    rows = tuple(row for method in methods for row in _weight_rows(method))
+    columns = (Column("combined by"), Column("w = γ", "weight"), Column("λ = 1/w", "weight"), Column("seeds", "count"))
+    title = f"{methods[0].method.losses_label}: every weight"
+    return Table(f"weights-{losses}", title, (*columns, Column("diverged", "count"), *MEASURED), rows, folded=True)
+
+
+def _weight_rows(method: MethodSummary) -> Iterable[tuple[Cell, ...]]:
+    for weight in sorted({run.weight for run in method.runs}, reverse=True):
+        runs = method.runs_at(weight)
+        good = [run.final for run in runs if run.final]
+        inverse = 1 / weight if method.method.combine == WEIGHTED_SUM and weight else None
+        yield method.method.combine_label, weight, inverse, len(good), len(runs) - len(good), *_measured(good)
+
+
+def relearning_table(summary: Summary) -> Table | None:
+    """Probabilities before and after relearning; None where nothing relearned."""
+    rows = [
+        (label, *cells)
+        for label, yardsticks in _yardsticks(summary)
+        if (cells := _relearning([y.relearning for y in yardsticks if y.relearning]))
+    ]
+    for method in summary.methods:
+        cells = _relearning([run.relearning for run in method.selected_runs if run.relearning])
+        if cells:
+            rows.append((method.method.label, *cells))
+    if not rows:
+        return None
+    names = [f"{name}, {when}" for name in ("relearned rows", "other forgotten rows", "retain") for when in _WHEN]
+    columns = (METHOD, Column("steps", "count"), *(Column(name, PROBABILITY) for name in names))
+    return Table("relearning", "Relearning", columns, tuple(rows))
+
+
+_WHEN = ("before", "after")
+
+
+def _relearning(curves: Sequence[tuple[Relearning, ...]]) -> tuple[Cell, ...]:
+    if not curves:
+        return ()
+    steps = min(curve[-1].step for curve in curves)
+    ends = [(curve[0], next(entry for entry in curve if entry.step >= steps)) for curve in curves]
+    cells = [
+        spread([value for end in ends if (value := getattr(end[when], name)) is not None])
+        for name in RELEARNED
+        for when in range(2)
+    ]
+    return (steps, *cells)
+
+
+def cost_table(summary: Summary) -> Table | None:
+    """Time and memory of a step; None where they were not measured."""
+    costs = summary.setting.costs
+    labels = {m.method.id: m.method.label for m in summary.methods}
+    ids = [name for name in labels if name in costs] + [name for name in costs if name not in labels]
+    rows = tuple(
+        (
+            labels.get(name, name),
+            costs[name].median,
+            (costs[name].low, costs[name].high),
+            costs[name].extra_gradient_sets,
+        )
+        for name in ids
+    )
+    columns = (
+        METHOD,
+        Column("time of a step", "ratio"),
+        Column("low to high", "span"),
+        Column("extra gradient sets", "weight"),
+    )
+    return Table("cost", "Cost", columns, rows) if rows else None
+
+
+def alignment_table(summary: Summary) -> Table:
+    """How the gradients met, at the selected weight; a forget loss alone has one gradient and no row."""
+    rows = [_alignment_row(m.method.label, m.selected_runs) for m in summary.methods if m.method.retain_loss]
+    columns = (
+        METHOD,
+        Column("cos, mean", LOG),
+        Column("cos, of any step", "span"),
+        Column("share of opposed steps", "share"),
+        Column("‖g_f‖, first", "score"),
+        Column("‖g_f‖, last", "score"),
+        Column("c, of any step", "span"),
+    )
+    return Table("alignment", "How the gradients met", columns, tuple(rows))
+
+
+def _alignment_row(label: str, runs: Sequence[Run]) -> tuple[Cell, ...]:
+    a = alignment(runs)
+    return label, a.cosine, a.cosine_range, a.opposed, a.first_norm, a.last_norm, a.projection_range
+
+
+def all_tables(summary: Summary) -> dict[str, tuple[Table, ...]]:
+    """Return the tables by section of the report; a section may have none."""
+    return {
+        "equal retain": (*equal_retain_tables(summary), hypervolume_table(summary)),
+        "selected": (main_table(summary),),
+        "scores": score_tables(summary),
+        "gradients": (alignment_table(summary),),
+        "weights": weight_tables(summary),
+        "relearning": tuple(table for table in [relearning_table(summary)] if table),
+        "cost": tuple(table for table in [cost_table(summary)] if table),
+    }
