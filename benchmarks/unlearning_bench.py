@@ -6,14 +6,31 @@ What is finished is kept in --cache, so the same command goes on after an interr
 """
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from unlearning.make_muse import main as make_muse
 from unlearning.presets import FORMS, preset
 from unlearning.settings import Settings
 from unlearning.tracks import TRACKS
+
+FIELDS = (
+    "data",
+    "subset",
+    "model",
+    "retrained",
+    "gguf_file",
+    "name",
+    "steps",
+    "device",
+    "dtype",
+    "retain_data",
+    "questions",
+    "utility_questions",
+)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -22,7 +39,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--track", nargs="+", choices=TRACKS, default=["tofu"], help="which benchmarks (default: tofu)")
+    add("--track", nargs="+", choices=TRACKS, help="which benchmarks (default: tofu; with --data-dir all)")
     add(
         "--form",
         choices=FORMS,
@@ -30,6 +47,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="minutes, hours, or what needs a GPU (default: short)",
     )
     add("--data", metavar="PATH", help="folder or hub name with the data of the track; default: what its preset says")
+    add(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        default=os.environ.get("BLUR_OPTIM_DATA_DIR"),
+        help="a folder with tofu/ and text/, from which each track takes its own (default: $BLUR_OPTIM_DATA_DIR)",
+    )
+    add("--retain-data", metavar="PATH", help="wmdp: what is rehearsed, where --data does not hold it")
+    add("--questions", metavar="PATH", help="wmdp: hazard questions, likewise")
+    add("--utility-questions", metavar="PATH", help="wmdp: the others, likewise")
     add("--subset", help="what is forgotten, such as forget01, forget05, forget10")
     add("--model", help="a size (0.8m, 1m, 3m, 10m), trained from nothing; or a folder or a name of the hub")
     add("--retrained", metavar="MODEL", help="with --form paper: the model that never saw what is forgotten")
@@ -45,28 +72,39 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("docs/results/unlearning"), help="reports (default: %(default)s)")
     add("--no-cost", action="store_true", help="leave out the timing of steps, which needs a quiet machine")
     options = parser.parse_args(arguments)
-    if (options.model or options.subset) and not options.name:
+    options.data_dir = Path(options.data_dir) if options.data_dir else None
+    options.track = options.track or (list(TRACKS) if options.data_dir and not options.data else ["tofu"])
+    if options.data and len(options.track) > 1:
+        parser.error("--data must be that of one --track. For several, give --data-dir.")
+    if (options.model or options.subset) and not options.name and options.form != "paper":
         parser.error("--name must be given with --model or --subset: these are other results than the preset's.")
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}.")
     return options
 
 
+def data_in(folder: Path, track: str, cache: Path) -> str:
+    """Return where the data of a track is, in a folder of data; a play there becomes a folder like MUSE's."""
+    if track != "muse":
+        return str(folder / "tofu")
+    made = cache / "muse-data"
+    if not made.is_dir():
+        make_muse([str(folder / "text" / "tinyshakespeare.txt"), "--out", str(made)])
+    return str(made)
+
+
 def make_settings(options: argparse.Namespace, track: str) -> Settings:
     """Return the preset of a track with what the command line says otherwise."""
-    given = {
-        name: getattr(options, name)
-        for name in ("data", "subset", "model", "retrained", "gguf_file", "name", "steps", "device", "dtype")
-        if getattr(options, name) is not None
-    }
+    given = {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+    if options.data_dir and options.form != "paper":
+        given.setdefault("data", data_in(options.data_dir, track, options.cache))
     lists = {name: tuple(value) for name in ("methods", "seeds") if (value := getattr(options, name))}
-    return replace(preset(track, options.form), **given, **lists)
+    return replace(preset(track, options.form, options.subset), **given, **lists)
 
 
 def main() -> None:
     """Run all tracks asked for."""
     options = parse_options()
-    settings = [make_settings(options, track) for track in options.track]
     # After the options, which are then met at once.
     from shared_lib.console import make_console, make_progress
     from unlearning.checks import check_settings
@@ -74,6 +112,7 @@ def main() -> None:
     from unlearning.report import write_report
     from unlearning.stages import run_setting
 
+    settings = [make_settings(options, track) for track in options.track]
     for setting in settings:
         check_settings(setting)
     command = shlex.join(["python", "benchmarks/unlearning_bench.py", *sys.argv[1:]])

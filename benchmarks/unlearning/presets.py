@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from shared_lib.errors import InputError
 
-from .presets_text import TEXT_PRESETS
+from .presets_text import MUSE_PAPER, TEXT_PRESETS
 from .settings import Learning, Settings
 
 FORMS = ("short", "full", "pretrained", "paper")
@@ -118,8 +118,8 @@ PRESETS: dict[tuple[str, str], Settings] = {
 PRESETS |= TEXT_PRESETS
 
 
-def preset(track: str, form: str) -> Settings:
-    """Return the settings of a track in a form.
+def preset(track: str, form: str, subset: str | None = None) -> Settings:
+    """Return the settings of a track in a form. The paper's on MUSE depend on the subset, books or news.
 
     Raises:
         InputError: there are none.
@@ -127,4 +127,6 @@ def preset(track: str, form: str) -> Settings:
     if (track, form) not in PRESETS:
         known = ", ".join(f"{t}/{f}" for t, f in PRESETS)
         raise InputError(f"--track and --form must be one of {known}, got {track}/{form}.")
+    if (track, form) == ("muse", "paper") and subset in MUSE_PAPER:
+        return MUSE_PAPER[subset]
     return PRESETS[track, form]
