@@ -96,6 +96,8 @@ def data_in(folder: Path, track: str, cache: Path) -> str:
 def make_settings(options: argparse.Namespace, track: str) -> Settings:
     """Return the preset of a track with what the command line says otherwise."""
     given = {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
+    if "data" in given and Path(given["data"]).exists():  # However it is spelled, it is the same data.
+        given["data"] = str(Path(given["data"]).resolve())
     if options.data_dir and options.form != "paper":
         given.setdefault("data", data_in(options.data_dir, track, options.cache))
     lists = {name: tuple(value) for name in ("methods", "seeds") if (value := getattr(options, name))}

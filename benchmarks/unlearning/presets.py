@@ -72,7 +72,7 @@ PRESETS: dict[tuple[str, str], Settings] = {
         generated_rows=60,
         lrs=(3e-4, 1e-3),
         tuning_weights=(1.0, 0.3),
-        weights=(1.0, 0.3, 0.1),
+        weights=(1.0, 0.3),
     ),
     # A real pretrained model of 135M parameters, given by --model: one row costs it what a hundred cost the small ones.
     ("tofu", "pretrained"): replace(

@@ -23,6 +23,8 @@ class _Average:
         self.decay, self.total, self.weight = decay, 0.0, 0.0
 
     def add(self, value: Tensor) -> Tensor:
+        if not value.isfinite():  # This step will be skipped; the next ones are to find the average as it was.
+            return value
         self.total = self.decay * self.total + (1 - self.decay) * value
         self.weight = self.decay * self.weight + (1 - self.decay)
         return self.total / self.weight

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -21,6 +23,7 @@ from .targets import RETRAINED, TARGET, is_trained
 from .workshop import measure, train, unlearn
 
 PACKAGES = ("torch", "transformers", "tokenizers", "torchjd", "rouge-score", "scipy", "scikit-learn", "blur_optim")
+KEPT = 0.9  # of the target's probability: what the learning rate is chosen for
 ROLES = (RETRAINED, TARGET)  # In this order: the target's scores need what the retrained model gave.
 
 Selected = dict[str, dict[str, float]]
@@ -89,8 +92,9 @@ def weights_of(method: str, weights: Iterable[float]) -> list[float]:
 def select(settings: Settings, folder: Path) -> Selected:
     """Choose learning rate and weight of each method on the tuning seed.
 
-    The learning rate by the hypervolume of all its runs, stopping early included; among those runs, the weight by the
-    area that its last point dominates, of which a run that diverged has none. Of equals, the one that is tried first.
+    The learning rate by how far its runs forget while they keep ``KEPT`` of the rest, stopping early included; where
+    none keeps that much, by their hypervolume. Among the runs at that rate, the weight by the area that its last point
+    dominates, of which a run that diverged has none. Of equals, the one that is tried first.
     """
     target = _read(yardstick_file(folder, TARGET, settings.tuning_seed % settings.targets))["final"]
     selected = {}
@@ -98,16 +102,26 @@ def select(settings: Settings, folder: Path) -> Selected:
         jobs = [job for job in tuning_jobs(settings) if job.method == method]
         runs = {job: _read(result_file(folder, job)) for job in jobs}
         by_lr = {lr: [run for job, run in runs.items() if job.lr == lr] for lr in settings.lrs}
-        lr = max(settings.lrs, key=lambda lr: hypervolume([p for run in by_lr[lr] for p in _points(run, target)]))
+        lr = max(settings.lrs, key=lambda lr: _merit(by_lr[lr], target))
         best = max((job for job in jobs if job.lr == lr), key=lambda job: hypervolume(_last(runs[job], target)))
         selected[method] = {"lr": lr, "weight": best.weight}
     return selected
 
 
+def _merit(runs: list[dict[str, Any]], target: dict[str, Any]) -> tuple[float, float]:
+    looks = [look for run in runs for look in _looks(run)]
+    enough = [-look["forget"]["log_prob"] for look in looks if look["step"] and kept(look, target) >= KEPT]
+    return max(enough, default=-math.inf), hypervolume([p for run in runs for p in _points(run, target)])
+
+
+def _looks(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the looks that saw finite values."""
+    return [look for look in run["path"] if all(look[kind]["probability"] is not None for kind in KINDS)]
+
+
 def _points(run: dict[str, Any], target: dict[str, Any]) -> list[tuple[float, float]]:
     """Return (1 - p_forget, kept) at every look that saw finite values."""
-    looks = [look for look in run["path"] if all(look[kind]["probability"] is not None for kind in KINDS)]
-    return [(1 - look["forget"]["probability"], kept(look, target)) for look in looks]
+    return [(1 - look["forget"]["probability"], kept(look, target)) for look in _looks(run)]
 
 
 def _last(run: dict[str, Any], target: dict[str, Any]) -> list[tuple[float, float]]:
@@ -145,6 +159,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _commit() -> str:
+    if not shutil.which("git"):
+        return "unknown"
+
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
