@@ -1,0 +1,97 @@
+"""What a run found: the numbers as JSON, and as a table."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from .evaluation import Scores
+
+PACKAGES = ("blur_optim", "torch", "transformers", "accelerate", "peft", "tokenizers", "datasets", "safetensors")
+#: Title and field of what the table shows before and after, and how.
+COLUMNS = (("probability", "probability", ".3f"), ("perplexity", "perplexity", ".4g"), ("ROUGE-L", "rouge_l", ".3f"))
+STATISTICS = ("cosine", "forget_norm", "retain_norm", "forget_coefficient", "retain_coefficient")
+
+
+def make_results(
+    facts: Mapping[str, Any],
+    before: Mapping[str, Scores],
+    after: Mapping[str, Scores],
+    logs: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return all that is recorded of a run, as JSON takes it."""
+    summary = next((log for log in reversed(logs) if "train_runtime" in log), {})
+    return {
+        "command": command(),
+        **facts,
+        "versions": versions(),
+        "scores": {
+            name: {"before": before[name]._asdict(), "after": scores._asdict()} for name, scores in after.items()
+        },
+        "steps": max((log["step"] for log in logs), default=0),
+        "statistics": summarise_statistics(logs),
+        # The Trainer counts from the last start.
+        "training_seconds_since_last_start": summary.get("train_runtime"),
+    }
+
+
+def summarise_statistics(logs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return first, last and mean of what BLUR saw at the steps that were logged."""
+    steps = [log for log in logs if "blur_cosine" in log]
+    series = {name: [log[f"blur_{name}"] for log in steps if f"blur_{name}" in log] for name in STATISTICS}
+    series |= {name: [log[name] for log in steps] for name in ("forget_loss", "retain_loss")}
+    return {
+        name: {"first": values[0], "last": values[-1], "mean": fmean(values)}
+        for name, values in series.items()
+        if values
+    }
+
+
+def command() -> str:
+    """Return the command line, as a shell takes it."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what is installed of the packages that take part."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def rows_of_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Return the cells, the header first: each score before and after."""
+    header = ["rows", "number", *(f"{title} {when}" for title, _, _ in COLUMNS for when in ("before", "after"))]
+    cells = [header]
+    for name, scores in results["scores"].items():
+        numbers = [as_text(scores[when][field], style) for _, field, style in COLUMNS for when in ("before", "after")]
+        cells.append([name, str(scores["after"]["rows"]), *numbers])
+    return cells
+
+
+def as_text(value: float | None, style: str) -> str:
+    """Return a number, or a dash where there is none."""
+    return "–" if value is None else format(value, style)
+
+
+def make_table(results: Mapping[str, Any]) -> Table:
+    """Return the table to print."""
+    table = Table(title="before → after")
+    table.add_column("rows")
+    table.add_column("number", justify="right")
+    for title, _, _ in COLUMNS:
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, number, *values in rows_of_table(results)[1:]:
+        pairs = zip(values[::2], values[1::2], strict=True)
+        table.add_row(name, number, *(f"{before} → {after}" for before, after in pairs))
+    return table

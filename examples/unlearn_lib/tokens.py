@@ -1,0 +1,127 @@
+"""Rows to token ids: what is the prompt, what the answer, and what does not fit."""
+
+from collections.abc import Sequence
+
+from shared_lib import encoding
+from shared_lib.encoding import Batch, Example
+from shared_lib.errors import InputError
+from transformers import PreTrainedTokenizerBase
+
+from blur_optim.losses import IDK_ANSWERS
+
+from .rows import INSTEAD, TextRow
+
+
+class Encoder:
+    """Tokenize rows, and count those that were cut.
+
+    Args:
+        max_length: of prompt and answer together, in tokens.
+        plain_questions: do without the chat template where a row is a question.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, plain_questions: bool = False) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.has_template = bool(tokenizer.chat_template)
+        self.asks_plainly = plain_questions or not self.has_template
+        self.cut = 0
+
+    def __call__(self, row: TextRow, answer: str | None = None) -> Example:
+        """Encode a row, or the same row with another answer. Nothing is predicted but the answer.
+
+        Raises:
+            InputError: the row needs a chat template that there is not, or no token of the answer fits.
+        """
+        prompt, ids = self._encode(row, row.answer if answer is None else answer)
+        whole, room = len(prompt) + len(ids), self.max_length - len(prompt)
+        first = 0 if prompt else 1  # Nothing predicts the first token of a text.
+        if min(room, len(ids)) <= first:
+            raise InputError(
+                f"{row.where}: a token to predict must lie within --max-length, {self.max_length} tokens, got "
+                f"{len(prompt)} tokens of prompt and {len(ids)} of answer. Give a larger --max-length, or a shorter "
+                "prompt."
+            )
+        self.cut += whole > self.max_length
+        return Example(prompt, ids[:room])
+
+    def pair(self, row: TextRow, position: int) -> dict[str, Example]:
+        """Encode what DPO compares: what to say instead, and what to forget.
+
+        Raises:
+            InputError: the row doesn't say what to say instead, and an I-don't-know would not fit it.
+        """
+        if row.kind == "text":
+            raise InputError(
+                f'{row.where}: --method dpo needs a prompt, to which there is another answer, got a "text". Use '
+                "another method, or rows of another kind."
+            )
+        if row.kind == "prompt" and row.instead is None:
+            raise InputError(
+                f'{row.where}: with --method dpo, a row of prompt and completion must have the field "{INSTEAD}", '
+                "what to say instead of the completion; got none."
+            )
+        instead = row.instead or IDK_ANSWERS[position % len(IDK_ANSWERS)]
+        return {"chosen": self(row, instead), "rejected": self(row)}
+
+    def _encode(self, row: TextRow, answer: str) -> Example:
+        if row.kind == "text":
+            return self._text(answer)
+        if row.kind == "prompt":
+            return self._completion(row.prompt, answer)
+        if row.kind == "messages":
+            return self._chat(row.turns, answer, row.where)
+        if self.asks_plainly:
+            return encoding.encode(self.tokenizer, row.prompt.strip(), answer.strip())
+        return self._chat(({"role": "user", "content": row.prompt},), answer, row.where)
+
+    def _text(self, text: str) -> Example:
+        ids = _ended(self.tokenizer(text)["input_ids"], self.tokenizer)
+        begins = ids[0] == self.tokenizer.bos_token_id
+        return Example(ids[:begins], ids[begins:])
+
+    def _completion(self, prompt: str, completion: str) -> Example:
+        before = self.tokenizer(prompt)["input_ids"]
+        if before[-1] == self.tokenizer.eos_token_id and len(before) > 1:
+            before = before[:-1]  # Some tokenizers end every text.
+        after = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return Example(before, _ended(after, self.tokenizer))
+
+    def _chat(self, turns: Sequence[dict[str, str]], answer: str, where: str) -> Example:
+        if not self.has_template:
+            raise InputError(
+                f'{where}: "messages" need a tokenizer with a chat template, and that of --model has none. Write the '
+                "rows as prompt and completion, or take the model's chat version."
+            )
+        turns = list(turns)
+        before = self._render(turns, where, add_generation_prompt=True)
+        whole = self._render([*turns, {"role": "assistant", "content": answer}], where)
+        if not whole.startswith(before):
+            raise InputError(
+                f"{where}: the chat template of --model must begin an answered chat as it begins the same chat "
+                "before the answer, and does not. Write the rows as prompt and completion."
+            )
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, whole[len(before) :])]
+        return Example(ids[0], _until_end(ids[1], self.tokenizer.eos_token_id))
+
+    def _render(self, turns: list[dict[str, str]], where: str, **more: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **more)
+        except Exception as error:  # A template raises what it likes, such as for a role that it does not know.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{where}: the chat template of --model refuses the messages: {reason}") from error
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def _until_end(ids: list[int], end: int) -> list[int]:
+    """Leave out what a template puts after the end of a turn, which no model is asked for."""
+    return ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pad on the right."""
+    batch = encoding.collate(examples, range(len(examples)))
+    del batch["index"]
+    return batch
