@@ -25,6 +25,8 @@ FIELDS = (
     "gguf_file",
     "name",
     "steps",
+    "batch_size",
+    "accumulation",
     "device",
     "dtype",
     "retain_data",
@@ -65,6 +67,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", metavar="ID", help="such as npo+nll/blur; default: those of the preset")
     add("--seeds", nargs="+", type=int, metavar="N", help="held-out seeds (default: 1 2 3); 0 is for tuning")
     add("--steps", type=int, metavar="N", help="of unlearning")
+    add("--batch-size", type=int, metavar="N", help="rows of each of the two losses in a micro-batch")
+    add("--accumulation", type=int, metavar="N", help="micro-batches in a step")
     add("--device", help="default: what the preset says")
     add("--dtype", choices=("float32", "bfloat16"), help="default: what the preset says")
     add("--processes", type=int, default=2, metavar="N", help="side by side, one thread each (default: 2)")

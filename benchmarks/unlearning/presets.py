@@ -20,8 +20,11 @@ SHORT_METHODS = (
     "ga/forget-only",
     "ga+nll/weighted_sum",
     "ga+nll/blur",
-    *(f"npo+nll/{combine}" for combine in NPO),
-    "hinge+nll/weighted_sum",
+    "npo+nll/weighted_sum",
+    "npo+nll/blur",
+    "npo+nll/normalized",
+    "npo+nll/blur-normalized",
+    "npo+nll/averaged-dots",
 )
 FULL_METHODS = (
     "ga/forget-only",
@@ -84,16 +87,16 @@ PRESETS: dict[tuple[str, str], Settings] = {
         subset="forget01",
         authors=7,
         methods=("npo+nll/weighted_sum", "npo+nll/blur", "npo+nll/normalized"),
-        steps=20,
+        steps=12,
         batch_size=4,
         looks=2,
         look_rows=20,
         judged_rows=20,
         generated_rows=10,
         relearning_steps=0,
-        lrs=(3e-5,),
+        lrs=(1e-4,),
         tuning_weights=(1.0, 0.3),
-        weights=(1.0, 0.3),
+        weights=(1.0,),
     ),
     # arXiv:2506.08164: NPO, beta 0.1, 10 epochs of 400 rows, accumulation 4, AdamW; the model is the benchmark's own.
     ("tofu", "paper"): replace(

@@ -23,7 +23,7 @@ class Settings:
 
     Args:
         name: of its folder and its report.
-        form: "short", "full" or "paper"; see ``presets``.
+        form: "short", "full", "pretrained" or "paper"; see ``presets``.
         track: "tofu", "muse" or "wmdp".
         data: a folder in the benchmark's own layout, or a data set of the hub.
         subset: what is forgotten: forget01, forget05, forget10; books, news; the track says.
@@ -34,7 +34,7 @@ class Settings:
         authors, passages: how much of the data is taken, from its end; 0 for all.
         max_length: tokens of a passage.
         targets: how many targets are trained, with seeds of their own; the seeds of unlearning take them in turn.
-        methods: ids of ``methods.METHODS``.
+        methods: ids, as ``methods.parse_method`` reads them.
         lrs, tuning_weights: what the tuning seed tries, each with each.
         weights: what the held-out seeds try: w = gamma with alpha = 1 (for the weighted sum, lambda = 1 / w), in units
             of the largest that may be of use, see ``methods.weight_scale``.

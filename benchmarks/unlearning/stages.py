@@ -63,7 +63,10 @@ def _models(settings: Settings) -> list[tuple[str, int]]:
 
 
 def tuning_jobs(settings: Settings) -> list[Job]:
-    """List the runs of the tuning seed: every method with as many learning rates and weights as any other."""
+    """List the runs of the tuning seed: every method with as many learning rates and weights as any other.
+
+    A forget loss alone has nothing to weigh, and so learning rates only.
+    """
     return [
         Job(TUNE, method, weight, lr, settings.tuning_seed)
         for method in settings.methods

@@ -33,7 +33,7 @@ def model_folder(cache: Path, settings: Settings, role: str, number: int) -> Pat
     if settings.retain_data:
         data.append(settings.retain_data)
     parts = [CACHE_FORMAT, role, number, settings.model, settings.gguf_file, asdict(settings.learning), data]
-    return cache / "models" / f"{settings.name}-{role}-{number}-{_hash(parts)}"
+    return cache / "models" / f"{settings.track}-{role}-{number}-{_hash(parts)}"
 
 
 def is_trained(cache: Path, settings: Settings, role: str, number: int) -> bool:

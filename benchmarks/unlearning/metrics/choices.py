@@ -25,7 +25,7 @@ class Question(NamedTuple):
 
 
 def make_questions_from_wrong_answers(rows: Sequence[Row], seed: int) -> list[Question]:
-    """Ask for the true answer among the wrong ones, all in words that the model was not trained on.
+    """Ask for the true answer among the wrong ones, in words that the model was not trained on where the row has them.
 
     The choices are the paraphrased answer (the answer itself where there is none) and the perturbed ones. The true
     one's place is drawn from the seed and the row's texts alone: it doesn't depend on the other rows. Rows without

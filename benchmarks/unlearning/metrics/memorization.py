@@ -99,8 +99,8 @@ def knowledge_memorization(
 
     .. math:: \mathrm{ROUGE}_{F_1}(f(q), a)      (arXiv:2407.06460, section 3)
 
-    With F1 of ROUGE-L without stems, as in the code of MUSE, which also shows the model a few solved questions first;
-    here the models were trained on questions, and need none.
+    With F1 of ROUGE-L without stems, as in the code of MUSE, which also shows the model a few solved questions first.
+    Models that were trained on questions need none; for others, put them into ``questions`` (the muse track does).
 
     Returns:
         For each question in [0, 1]; higher = more memorised.

@@ -165,7 +165,10 @@ def _completeness(summary: Summary) -> str:
     missing = {m.method: m.missing for m in summary.methods if m.missing}
     count = sum(map(len, missing.values()))
     seconds = sum(run.seconds for run in summary.setting.runs)
-    text = f"{expected - count} of {expected} runs on held-out seeds; {seconds / 3600:.1f} hours in all, with tuning."
+    text = (
+        f"{expected - count} of {expected} runs on held-out seeds; {seconds / 3600:.1f} hours of unlearning and scoring, "
+        "tuning included, summed over processes."
+    )
     lacking = [name for name, found in _yardsticks(summary).items() if not found]
     if lacking:
         text += f" **Not there yet: {', '.join(lacking)}.**"
@@ -212,7 +215,10 @@ def _limits(summary: Summary) -> str:
     if len(steps) > 1:
         lines.append(f"Runs differ in their number of steps: {', '.join(map(str, steps))}.")
     if summary.left_out:
-        lines.append(f"{summary.left_out} run files belong to no method or seed of this setting and were left out.")
+        lines.append(
+            f"{summary.left_out} run files belong to no method, seed, weight or learning rate of this setting and were "
+            "left out."
+        )
     return _list(lines)
 
 

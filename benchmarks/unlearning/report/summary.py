@@ -67,7 +67,7 @@ class MethodSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A setting's methods in its own order. ``left_out``: run files that belong to no method or seed of it."""
+    """A setting's methods in its own order. ``left_out``: run files of no method, seed, weight or learning rate of it."""
 
     setting: Setting
     methods: tuple[MethodSummary, ...]
@@ -125,13 +125,19 @@ def summarize(setting: Setting) -> Summary:
     """Sort the runs by method and compute what does not need a baseline."""
     ids = {method.id for method in setting.methods}
     runs = [run for run in setting.runs if run.method.id in ids]
-    sweep = [run for run in runs if run.stage == SWEEP and run.seed in setting.seeds]
+    sweep = [run for run in runs if run.stage == SWEEP and run.seed in setting.seeds and _is_planned(setting, run)]
     tuning = [run for run in runs if run.stage != SWEEP]
     return Summary(
         setting=setting,
         methods=tuple(_summarize(setting, m, [run for run in sweep if run.method == m]) for m in setting.methods),
         left_out=len(setting.runs) - len(sweep) - len(tuning),
     )
+
+
+def _is_planned(setting: Setting, run: Run) -> bool:
+    """Tell whether the sweep has this run: the folder may hold those of an earlier grid, or of an earlier choice."""
+    weights, selected = setting.sweep_weights.get(run.method.id), setting.selected.get(run.method.id)
+    return weights is None or (run.weight in weights and (selected is None or run.lr == selected.lr))
 
 
 def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSummary:

@@ -7,7 +7,7 @@ from typing import Any
 from .compare import TAUS, Spread, spread
 from .gradients import alignment
 from .load import KINDS, RELEARNED, Measured, Relearning, Run, Yardstick
-from .names import WEIGHTED_SUM, is_p_value, score_label
+from .names import FORGET_ONLY, WEIGHTED_SUM, is_p_value, score_label
 from .numbers import percent
 from .summary import MethodSummary, Summary
 
@@ -192,8 +192,13 @@ def _relearning(curves: Sequence[tuple[Relearning, ...]]) -> tuple[Cell, ...]:
 
 
 def cost_table(summary: Summary) -> Table | None:
-    """Time and memory of a step; None where they were not measured."""
-    costs = summary.setting.costs
+    """Time and memory of a step; None where they were not measured.
+
+    A forget loss alone is left out: for the same batches, the benchmark takes the retain gradient there too, and would
+    count it.
+    """
+    alone = {m.method.id for m in summary.methods if m.method.combine == FORGET_ONLY}
+    costs = {name: cost for name, cost in summary.setting.costs.items() if name not in alone}
     labels = {m.method.id: m.method.label for m in summary.methods}
     ids = [name for name in labels if name in costs] + [name for name in costs if name not in labels]
     rows = tuple(

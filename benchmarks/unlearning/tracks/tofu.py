@@ -94,7 +94,8 @@ def _read(settings: Settings, cut: int) -> tuple[list[Row], list[Row]]:
     """Return all rows, and rows that nobody learns: as many as are forgotten."""
     if settings.data:
         return read_rows(settings.data), read_part(settings.data, settings.subset.replace("forget", "holdout"))
-    rows = load_rows(None, (settings.authors or MAX_AUTHORS) + cut // ROWS_PER_AUTHOR, seed=0)
+    unseen = cut // ROWS_PER_AUTHOR
+    rows = load_rows(None, (settings.authors or MAX_AUTHORS - unseen) + unseen, seed=0)
     return rows[:-cut], rows[-cut:]
 
 
