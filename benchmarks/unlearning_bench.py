@@ -77,7 +77,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-cost", action="store_true", help="leave out the timing of steps, which needs a quiet machine")
     options = parser.parse_args(arguments)
     options.data_dir = Path(options.data_dir) if options.data_dir else None
-    options.track = options.track or (list(TRACKS) if options.data_dir and not options.data else ["tofu"])
+    with_all = options.data_dir and not options.data and options.form != "pretrained"
+    options.track = options.track or (list(TRACKS) if with_all else ["tofu"])
     if options.data and len(options.track) > 1:
         parser.error("--data must be that of one --track. For several, give --data-dir.")
     if (options.model or options.subset) and not options.name and options.form != "paper":
@@ -93,19 +94,23 @@ def data_in(folder: Path, track: str, cache: Path) -> str:
         return str(folder / "tofu")
     made = cache / "muse-data"
     if not made.is_dir():
-        make_muse([str(folder / "text" / "tinyshakespeare.txt"), "--out", str(made)])
+        scratch = made.with_name(".unfinished-muse-data")
+        make_muse([str(folder / "text" / "tinyshakespeare.txt"), "--out", str(scratch)])
+        os.replace(scratch, made)
     return str(made)
 
 
 def make_settings(options: argparse.Namespace, track: str) -> Settings:
     """Return the preset of a track with what the command line says otherwise."""
     given = {name: getattr(options, name) for name in FIELDS if getattr(options, name) is not None}
-    if "data" in given and Path(given["data"]).exists():  # However it is spelled, it is the same data.
-        given["data"] = str(Path(given["data"]).resolve())
     if options.data_dir and options.form != "paper":
         given.setdefault("data", data_in(options.data_dir, track, options.cache))
+    if "data" in given and Path(given["data"]).exists():  # However it is spelled, it is the same data.
+        given["data"] = str(Path(given["data"]).resolve())
     lists = {name: tuple(value) for name in ("methods", "seeds") if (value := getattr(options, name))}
-    return replace(preset(track, options.form, options.subset), **given, **lists)
+    settings = replace(preset(track, options.form, options.subset), **given, **lists)
+    # What was measured on invented authors has another name than what was measured on TOFU.
+    return replace(settings, name=settings.name.replace("invented", "tofu")) if settings.data else settings
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def make_measure(
 ) -> Callable[[], Measures]:
     """Return what is called before and after."""
     for source, all_ in questions.items():
-        check_fit(model, tokenizer, source, all_, options.scoring)
+        check_fit(model, tokenizer, source, all_, options.scoring, options.topic)
     harness = Harness.from_options(options)
 
     def measure() -> Measures:

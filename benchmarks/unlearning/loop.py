@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from blur_optim.losses import nll_loss, sequence_log_probs, token_counts
 
 from .jobs import Job
-from .losses import Before, Losses
+from .losses import Before, Losses, batch_rows
 from .methods import make_optimizer, parse_method
 from .settings import Settings
 from .tracks.task import Task
@@ -119,7 +119,7 @@ def look_at(model: Model, task: Task, settings: Settings, step: int = 0) -> Look
 def mean_log_probs(model: Model, examples: list[Example]) -> Tensor:
     """Return each answer's mean log-probability per token, ``[n]`` float32 on the CPU."""
     result = torch.empty(len(examples))
-    for batch in batches_in_order(examples, 64, model.device):
+    for batch in batches_in_order(examples, batch_rows(examples), model.device):
         log_probs = sequence_log_probs(logits_of(model, batch), batch["labels"])
         result[batch["index"].cpu()] = (log_probs / token_counts(batch["labels"]).clamp(min=1)).cpu()
     return result

@@ -113,9 +113,15 @@ class Losses:
         return captured.output
 
 
+def batch_rows(examples: list[Example]) -> int:
+    """Return how many rows are measured at a time: 64, or fewer where they are long."""
+    longest = max((len(example.prompt) + len(example.answer) for example in examples), default=1)
+    return max(1, min(64, 16384 // longest))
+
+
 @torch.inference_mode()
 def _log_probs_of_all(model: Model, examples: list[Example]) -> Tensor:
     result = torch.zeros(len(examples), device=model.device)
-    for batch in batches_in_order(examples, 64, model.device):
+    for batch in batches_in_order(examples, batch_rows(examples), model.device):
         result[batch["index"]] = sequence_log_probs(logits_of(model, batch), batch["labels"])
     return result.clone()

@@ -7,6 +7,7 @@ from shared_lib.errors import InputError
 from .presets_text import MUSE_PAPER, TEXT_PRESETS
 from .settings import Learning, Settings
 
+KEPT = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}  # what the hub's models are named by
 FORMS = ("short", "full", "pretrained", "paper")
 
 NPO = ("weighted_sum", "blur", "normalized", "blur-normalized", "averaged-dots", "bloop")
@@ -49,7 +50,7 @@ PRESETS: dict[tuple[str, str], Settings] = {
     # 600 rows, the last 40 forgotten: two models of 0.9M parameters a target learn them in three minutes.
     ("tofu", "short"): replace(
         TOFU,
-        name="tofu-short",
+        name="invented-short",
         subset="forget01",
         authors=30,
         model="0.8m",
@@ -64,7 +65,7 @@ PRESETS: dict[tuple[str, str], Settings] = {
     ),
     ("tofu", "full"): replace(
         TOFU,
-        name="tofu-forget10",
+        name="invented-forget10",
         form="full",
         learning=Learning(lr=2e-3, epochs=30, batch_size=16, known=0.95),
         methods=FULL_METHODS,
@@ -80,7 +81,7 @@ PRESETS: dict[tuple[str, str], Settings] = {
     # A real pretrained model of 135M parameters, given by --model: one row costs it what a hundred cost the small ones.
     ("tofu", "pretrained"): replace(
         TOFU,
-        name="tofu-pretrained",
+        name="invented-pretrained",
         form="pretrained",
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         learning=Learning(lr=2e-4, epochs=8, batch_size=8, known=0.9),
@@ -101,7 +102,7 @@ PRESETS: dict[tuple[str, str], Settings] = {
     # arXiv:2506.08164: NPO, beta 0.1, 10 epochs of 400 rows, accumulation 4, AdamW; the model is the benchmark's own.
     ("tofu", "paper"): replace(
         TOFU,
-        name="tofu-paper",
+        name="tofu-forget10-paper",
         form="paper",
         data="locuslab/TOFU",
         model="open-unlearning/tofu_Llama-2-7b-chat-hf_full",
@@ -132,4 +133,8 @@ def preset(track: str, form: str, subset: str | None = None) -> Settings:
         raise InputError(f"--track and --form must be one of {known}, got {track}/{form}.")
     if (track, form) == ("muse", "paper") and subset in MUSE_PAPER:
         return MUSE_PAPER[subset]
-    return PRESETS[track, form]
+    found = PRESETS[track, form]
+    if (track, form) == ("tofu", "paper") and subset in KEPT:
+        retrained = found.retrained.replace(KEPT[found.subset], KEPT[subset])
+        return replace(found, name=f"tofu-{subset}-paper", retrained=retrained)
+    return found

@@ -88,10 +88,10 @@ WMDP_SHORT = Settings(
 )
 
 # arXiv:2506.08164, for one GPU of more than 80 GB: two models of 7B parameters, two sets of gradients and AdamW's
-# moments are 81 GB in bfloat16. None of these was run here. NPO with gamma 1, which is 10 times the
-# unit of its weights; ten epochs of the passages to forget, which number about 890 for news and 510 for books at this
-# length. The repositories of the models hold no tokenizer of their own in some revisions: then take that of
-# Llama-2-7b, from a folder with both.
+# moments are 81 GB in bfloat16. None of these was run. NPO with gamma 1, which is 10 times the unit of its weights; ten
+# epochs of the passages to forget, which number about 890 for news and 510 for books at this length. The
+# repositories of the models hold no tokenizer of their own in some revisions: then take that of Llama-2-7b, from a
+# folder with both.
 MUSE_PAPER = {
     "news": replace(
         MUSE_SHORT,

@@ -40,7 +40,8 @@ class Settings:
             of the largest that may be of use, see ``methods.weight_scale``.
         steps, batch_size, accumulation: of unlearning; ``batch_size`` is of each of the two losses.
         looks: how often probabilities are measured along the way, on ``look_rows`` rows of a kind.
-        judged_rows, generated_rows: at most so many retain rows for the benchmark's scores, and answers of a kind.
+        judged_rows, generated_rows: at most so many rows of a kind, beside those to forget, for the benchmark's scores,
+            and so many answers.
         relearned_rows, relearning_steps: the attack on every model that gets full scores; 0: none.
         beta: of NPO and DPO; ``simnpo_beta`` and ``steering`` likewise.
         layers: of RMU: the trained ones, ending with the steered one.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
+from shared_lib.errors import InputError
 
 from .jobs import SWEEP, TUNE, Job, result_file, run_side_by_side, setting_folder, write_json, yardstick_file
 from .loop import KINDS
@@ -32,6 +33,7 @@ Selected = dict[str, dict[str, float]]
 def run_setting(settings: Settings, cache: Path, processes: int, command: str, progress: Progress) -> Path:
     """Do what is not done yet, and return the folder with the results."""
     folder = setting_folder(cache, settings)
+    check_sources(settings, folder)
     each = Stage(settings, cache, processes, progress)
     each.run("models", train, [pair for pair in _models(settings) if not is_trained(cache, settings, *pair)])
     for role in ROLES:
@@ -42,6 +44,29 @@ def run_setting(settings: Settings, cache: Path, processes: int, command: str, p
     describe(settings, folder, selected, command)
     each.run("sweep", unlearn, _missing(folder, sweep_jobs(settings, selected)))
     return folder
+
+
+def check_sources(settings: Settings, folder: Path) -> None:
+    """See that the files on which the results in ``folder`` rest are the same; at first, note them.
+
+    Raises:
+        InputError: a file has changed since.
+    """
+    sources = {name: _files(Path(name)) for name in (settings.data, settings.model, settings.retrained) if name}
+    path = folder / "sources.json"
+    if not path.is_file():
+        write_json(path, sources)
+    elif _read(path) != sources:
+        raise InputError(
+            f"--cache: {folder} holds results from other files than those at {', '.join(sources)} now. Delete it, and "
+            f"the models beside it, or give another --cache."
+        )
+
+
+def _files(path: Path) -> list[list[Any]]:
+    """List the files of a local source by name, size and time; nothing for a name on the hub."""
+    found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
 
 
 class Stage:
@@ -143,7 +168,8 @@ def describe(settings: Settings, folder: Path, selected: Selected, command: str)
             name = f"{role}-{seed}" if settings.targets > 1 else role
             write_json(folder / f"{name}.json", _read(yardstick_file(folder, role, seed % settings.targets)))
     parameters = _read(yardstick_file(folder, TARGET, 0))["parameters"]
-    about = {"model": {"name": settings.model, "parameters": parameters}, "data": settings.subset}
+    source = Path(settings.data).name if settings.data else "invented authors"
+    about = {"model": {"name": settings.model, "parameters": parameters}, "data": f"{source}, {settings.subset}"}
     sweep = {job.method: [] for job in sweep_jobs(settings, selected)}
     for job in sweep_jobs(settings, selected):
         if job.weight not in sweep[job.method]:

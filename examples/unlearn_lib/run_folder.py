@@ -55,13 +55,15 @@ class RunFolder:
     def claim(self, overwrite: bool) -> None:
         """Make the folder this run's; with ``overwrite``, empty it first of what this script has written."""
         if overwrite and self.path.is_dir():
-            for name in (RESULTS, RUN, LOG):  # In this order: what is left at any time is a run, or nothing.
-                (self.path / name).unlink(missing_ok=True)
+            self.results.unlink(missing_ok=True)  # First, for it says that the run is finished.
             for name in (MODEL, f".unfinished-{MODEL}", TRAINING):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        self.training.mkdir(parents=True, exist_ok=True)
+            for name in (LOG, RUN):  # RUN last: what is left at any time is a run, or nothing.
+                (self.path / name).unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / RUN).is_file():
             write_json(self.path / RUN, self.facts)
+        self.training.mkdir(exist_ok=True)
 
     def checkpoint(self) -> Path | None:
         """Return the last checkpoint that was written to its end."""
@@ -74,9 +76,11 @@ class RunFolder:
 
     def _earlier(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads((self.path / RUN).read_text(encoding="utf-8")))
+            earlier = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        is_ours = isinstance(earlier, dict) and earlier.keys() >= self.facts.keys()
+        return earlier if is_ours else None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -110,7 +110,14 @@ def _scores(model: Model, all_: Sequence[Candidate], batch_size: int) -> list[fl
     return result
 
 
-def check_fit(model: Model, tokenizer: Tokenizer, source: str, questions: Sequence[Question], scoring: str) -> None:
+def check_fit(
+    model: Model,
+    tokenizer: Tokenizer,
+    source: str,
+    questions: Sequence[Question],
+    scoring: str,
+    topic: str | None = None,
+) -> None:
     """See that every question fits into the model.
 
     Raises:
@@ -118,7 +125,7 @@ def check_fit(model: Model, tokenizer: Tokenizer, source: str, questions: Sequen
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
     for number, question in enumerate(questions, start=1):
-        longest = max(len(candidate.ids) for candidate in candidates(tokenizer, question, scoring, None))
+        longest = max(len(candidate.ids) for candidate in candidates(tokenizer, question, scoring, topic))
         if longest > limit:
             raise InputError(
                 f"--questions: {source}, question {number} has {longest} tokens with its choices, the model reads "

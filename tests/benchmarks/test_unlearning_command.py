@@ -126,7 +126,7 @@ def test_a_result_holds_what_happened(finished: Path) -> None:
         assert result["threads"] == 1
         assert result["seconds"] > 0
         if result["job"]["full_scores"]:
-            assert {"forget_quality", "model_utility", "forget_rouge_l"} <= set(result["scores"])
+            assert {"forget_quality", "partial_utility", "forget_rouge_l"} <= set(result["scores"])
             assert [look["step"] for look in result["relearning"]] == [0, 1]
         else:
             assert result["scores"] is result["relearning"] is None

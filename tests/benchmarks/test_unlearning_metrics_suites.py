@@ -169,7 +169,7 @@ def test_the_order_of_the_rows_does_not_matter(untrained: LlamaForCausalLM, toke
         ),
         (
             TofuEvaluation(world_facts=CHOICES),
-            {"world_facts_probability", "world_facts_truth_ratio", "model_utility"},
+            {"world_facts_probability", "world_facts_truth_ratio", "partial_utility"},
         ),
     ],
 )
@@ -196,7 +196,7 @@ def test_a_diverged_model_has_none(tokenizer: Tokenizer) -> None:
         model.lm_head.weight.fill_(math.nan)
     scores = tofu_scores(model, tokenizer, DATA, TofuReference([1.0], {"min_k": 0.5}), limit_generated=0).scores
     nothing = {name for name, value in scores.items() if value is None}
-    assert {"forget_log_prob", "forget_quality", "model_utility", "mia_loss_auc", "privleak"} <= nothing
+    assert {"forget_log_prob", "forget_quality", "partial_utility", "mia_loss_auc", "privleak"} <= nothing
     json.dumps(scores, allow_nan=False)
 
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from unlearning.report.compare import Point, front, hypervolume, lowest_at, paired, spread, t_interval
+from unlearning.report.compare import Point, crossings, front, hypervolume, lowest_at, paired, spread, t_interval
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:
@@ -110,3 +110,17 @@ def test_seeds_without_a_pair_are_counted_by_reason() -> None:
 def test_without_a_pair_there_is_nothing_to_say() -> None:
     found = compare([None, -1.0], [-1.0, None])
     assert (found.mean, found.low, found.wins, found.verdict) == (None, None, 0, "no pair")
+
+
+def test_a_run_that_passes_a_level_between_two_looks_is_compared_there() -> None:
+    down_and_up = points((1.0, math.log(0.8)), (0.9, math.log(0.4)), (0.94, math.log(0.2)))
+    first, second = crossings(down_and_up, 0.92)
+    assert (first.kept, first.log_prob) == pytest.approx((0.92, math.log(0.8 - 0.8 * 0.4)))  # 0.8 of it
+    assert (second.kept, second.log_prob) == pytest.approx((0.92, math.log(0.3)))  # in the middle of the way up
+    assert list(crossings(down_and_up, 0.9)) == []  # A look is there: it counts as it is.
+    assert list(crossings(down_and_up, 0.5)) == []
+
+
+def test_a_run_that_collapses_between_two_looks_gains_little_by_it() -> None:
+    [point] = crossings(points((1.0, -0.1), (0.0, -60.0)), 0.9)
+    assert point.log_prob == pytest.approx(-0.1 + math.log(0.9))  # By the logarithm it would be -6.09.

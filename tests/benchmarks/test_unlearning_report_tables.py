@@ -28,7 +28,7 @@ def hand_made() -> list[dict[str, Any]]:
     runs = []
     for method, levels in ((SUM, (-1.0, -1.1, -0.9)), (BLUR, (-1.5, -1.7, -1.3))):
         for seed, level in enumerate(levels, start=1):
-            runs.append(make_run(method, 1.0, seed, [START, kept(level, 0.96), kept(3 * level, 0.92)]))
+            runs.append(make_run(method, 1.0, seed, [START, kept(level, 0.95), kept(3 * level, 0.92)]))
             runs.append(make_run(method, 0.1, seed, [START, kept(-0.1, 0.995)]))
     return runs
 
@@ -55,18 +55,25 @@ def test_log_prob_at_equal_retain_and_its_paired_difference(tmp_path: Path) -> N
     assert (level.mean, retrained) == (pytest.approx(-4.5), "3 of 3")
     assert found.mean == pytest.approx(-1.5)
     _, level, _, _, found, *_ = at["equal-retain-0.99"]["NPO + NLL: BLUR"]
-    assert (level.mean, found.mean, found.verdict) == (pytest.approx(-0.1), 0, "tie")
+    # A fifth of the way from the start to the first look, p has fallen from exp(-0.02) by a fifth of what it falls.
+    there = [math.log(0.8 * math.exp(-0.02) + 0.2 * math.exp(look)) for look in (-1.5, -1.7, -1.3)]
+    assert (level.mean, found.verdict) == (pytest.approx(sum(there) / 3), "better")
 
 
 def test_what_is_untouched_must_be_kept_too(tmp_path: Path) -> None:
     runs = [make_run(BLUR, 1.0, 1, [START, kept(-5.0, 1.0, 0.94), kept(-1.0, 0.95, 0.97)])]
     [method] = [m for m in summary_of(tmp_path, runs).methods if m.method.id == BLUR]
-    assert method.at_tau == {0.99: {1: None}, 0.95: {1: -1.0}, 0.9: {1: -5.0}, 0.8: {1: -5.0}}
+    # On the way from the start to the first look, which keeps 0.94, p falls from exp(-0.02) to exp(-5).
+    between = {
+        tau: math.log(math.exp(-0.02) + (1 - tau) / 0.06 * (math.exp(-5) - math.exp(-0.02))) for tau in (0.99, 0.95)
+    }
+    lowest = {tau: level for tau, (level,) in ((tau, found.values()) for tau, found in method.at_tau.items())}
+    assert lowest == pytest.approx(between | {0.9: -5.0, 0.8: -5.0})
 
 
 def test_hypervolumes(tmp_path: Path) -> None:
     summary = summary_of(tmp_path, hand_made())
-    steps = [(1.0, -0.02), (0.995, -0.1), (0.96, -1.5), (0.92, -4.5)]  # BLUR's first seed, from most kept
+    steps = [(1.0, -0.02), (0.995, -0.1), (0.95, -1.5), (0.92, -4.5)]  # BLUR's first seed, from most kept
     heights = [0.0] + [1 - math.exp(level) for _, level in steps]
     area = sum(share * (heights[i + 1] - heights[i]) for i, (share, _) in enumerate(steps))
     assert summary.by_id[BLUR].hypervolumes[1] == pytest.approx(area)
@@ -251,3 +258,11 @@ def test_numbers_have_no_negative_zero() -> None:
     assert numbers.fixed(-1.5, 2) == "−1.50"
     assert numbers.spread(spread([1.0]), 2) == "1.00"
     assert numbers.interval(Paired(-0.5, -0.7, 0.1, 2, 1, 3, 0, 0, 0, 0, True), 2) == "−0.50 [−0.70, +0.10]"
+
+
+def test_runs_of_another_grid_do_not_count(tmp_path: Path) -> None:
+    stray = make_run(BLUR, 0.3, 1, [START, kept(-50.0, 1.0)])
+    planned = {BLUR: [1.0, 0.1], SUM: [1.0, 0.1]}
+    summary = summary_of(tmp_path, [*hand_made(), stray], sweep_weights=planned)
+    assert summary.left_out == 1
+    assert summary.by_id[BLUR].at_tau[0.95][1] == pytest.approx(-1.5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import unlearning  # noqa: F401  (puts shared_lib on the path)
 from shared_lib.console import make_console, make_progress
+from shared_lib.errors import InputError
 from unlearning import stages
 from unlearning.jobs import Job, result_file, setting_folder, write_json, yardstick_file
 from unlearning.settings import Settings
@@ -285,7 +286,7 @@ def read(path: Path) -> Any:
 def test_one_target_is_the_yardstick_of_every_seed(tmp_path: Path, workers: Workers) -> None:
     folder = run(SETTINGS, tmp_path)
     yardsticks = sorted(path.name for path in folder.glob("*.json"))
-    assert yardsticks == ["retrained.json", "settings.json", "target.json"]
+    assert yardsticks == ["retrained.json", "settings.json", "sources.json", "target.json"]
     for role in ("target", "retrained"):
         assert read(folder / f"{role}.json") == read(yardstick_file(folder, role, 0))
 
@@ -295,6 +296,7 @@ def test_several_targets_are_yardsticks_by_seed(tmp_path: Path, workers: Workers
     names = {path.name for path in folder.glob("*.json")}
     assert names == {
         "settings.json",
+        "sources.json",
         *(f"{role}-{seed}.json" for role in ("target", "retrained") for seed in (1, 2, 3)),
     }
     for seed, number in ((1, 1), (2, 0), (3, 1)):
@@ -330,3 +332,18 @@ def test_describe_needs_only_the_yardsticks(tmp_path: Path, workers: Workers) ->
     folder = setting_folder(tmp_path, SETTINGS)
     describe(SETTINGS, folder, {}, "")
     assert read(folder / "settings.json")["selected"] == {}
+
+
+# -- What the results rest on ----------------------------------------------------------------------------------------
+
+
+def test_results_of_data_that_has_changed_since_are_not_mixed_with_new_ones(tmp_path: Path, workers: Workers) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "full.json").write_text("{}")
+    settings = replace(SETTINGS, data=str(data))
+    run(settings, tmp_path / "cache")
+    run(settings, tmp_path / "cache")  # The same files: nothing to say.
+    (data / "full.json").write_text('{"question": "?"}')
+    with pytest.raises(InputError, match=r"--cache: .* holds results from other files .* Delete it"):
+        run(settings, tmp_path / "cache")

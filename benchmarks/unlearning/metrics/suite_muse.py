@@ -20,7 +20,8 @@ from .suite_parts import LIMIT_GENERATED, Scores, attack_aucs, finite, fluency, 
 class MuseEvaluation:
     """The passages and questions that MUSE's metrics are taken on; any list may be short or empty.
 
-    Passages are ``Example([], ids)``, or have what the tokenizer begins every text with as their prompt. holdout: like ``forget``, but never trained on.
+    Passages are ``Example([], ids)``; what the tokenizer begins every text with may be their prompt. holdout: like
+    ``forget``, but never trained on.
     """
 
     forget: Sequence[Example] = ()

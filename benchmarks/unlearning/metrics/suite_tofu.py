@@ -104,8 +104,9 @@ def tofu_scores(
     if retrained and retrained.log_truth_ratios and reference.log_truth_ratios:
         scores["forget_quality"] = forget_quality(reference.log_truth_ratios, retrained.log_truth_ratios)
     utility = {name: scores[name] for name in UTILITY if name in scores}
-    if utility:
-        scores["model_utility"] = model_utility([math.nan if term is None else term for term in utility.values()])
+    if utility:  # With terms missing it is another number, and has another name.
+        name = "model_utility" if len(utility) == len(UTILITY) else "partial_utility"
+        scores[name] = model_utility([math.nan if term is None else term for term in utility.values()])
     return TofuScores(finite(scores), reference, tuple(utility))
 
 

@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from scipy import stats
 
@@ -87,6 +88,19 @@ def lowest_at(points: Iterable[Point], tau: float) -> float | None:
     if all(point.start for point in enough):
         return None
     return min(point.log_prob for point in enough)
+
+
+def crossings(path: Sequence[Point], tau: float) -> Iterator[Point]:
+    """Yield where a run passes ``tau`` between two looks, which are too far apart to be compared as they are.
+
+    Linear in ``kept`` and in exp(log_prob), which of a run that collapses between two looks is the cautious guess.
+    """
+    for before, after in pairwise(path):
+        if (before.kept - tau) * (after.kept - tau) < 0:
+            share = (before.kept - tau) / (before.kept - after.kept)
+            forgotten = (1 - share) * math.exp(before.log_prob) + share * math.exp(after.log_prob)
+            known = (1 - share) * before.probability + share * after.probability
+            yield Point(kept=tau, log_prob=math.log(forgotten), probability=known)
 
 
 def hypervolume(points: Iterable[tuple[float, float]]) -> float:

@@ -36,7 +36,8 @@ READING = (
     "seeds."
 )
 EQUAL_RETAIN = (
-    "Lowest log p_forget of any weight and any moment that keeps so much of the target's p_retain and p_untouched, "
+    "Lowest log p_forget of any weight and any moment that keeps so much of the target's p_retain and p_untouched "
+    "(between two looks at a run, linear in p), "
     "mean ± standard deviation over seeds. *Difference*: to the weighted sum of the same losses, seed by seed, with a "
     "95 % t interval; negative forgets more. *Wins*: seeds in which it forgets more. *Verdict*: better or worse where "
     "the interval excludes 0, otherwise a tie."
@@ -166,8 +167,8 @@ def _completeness(summary: Summary) -> str:
     count = sum(map(len, missing.values()))
     seconds = sum(run.seconds for run in summary.setting.runs)
     text = (
-        f"{expected - count} of {expected} runs on held-out seeds; {seconds / 3600:.1f} hours of unlearning and scoring, "
-        "tuning included, summed over processes."
+        f"{expected - count} of {expected} runs on held-out seeds; {seconds / 3600:.1f} hours of unlearning and "
+        "scoring, tuning included, summed over processes."
     )
     lacking = [name for name, found in _yardsticks(summary).items() if not found]
     if lacking:
@@ -210,7 +211,8 @@ def _limits(summary: Summary) -> str:
         f"{comparisons} intervals of 95 % are not corrected for their number: of comparisons without a difference, one "
         "in twenty comes out better or worse.",
         "At equal retain, the best of all weights and moments is taken on the rows that are reported. This favours "
-        "everyone alike, and overstates what one would reach without looking.",
+        "everyone alike, and overstates what one would reach without looking. Runs are looked at a few times only, and "
+        "with a few weights: what lies between is interpolated, or not seen.",
     ]
     if len(steps) > 1:
         lines.append(f"Runs differ in their number of steps: {', '.join(map(str, steps))}.")

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
-from .compare import TAUS, Paired, Point, front, hypervolume, lowest_at, paired
+from .compare import TAUS, Paired, Point, crossings, front, hypervolume, lowest_at, paired
 from .load import Measured, Run, Selected, Setting, Yardstick
 from .names import FORGET_ONLY, Method
 
@@ -19,7 +20,7 @@ class MethodSummary:
         runs: of the sweep, one for each learning rate, weight and seed.
         expected: the weight and seed of each run that there will be.
         points: by seed, of all runs and of their paths. A seed that has not run is absent, here and below.
-        at_tau: lowest log p_forget by tau and seed; None where no point keeps that much.
+        at_tau: lowest log p_forget by tau and seed, between looks too; None where nothing keeps that much.
     """
 
     method: Method
@@ -67,7 +68,7 @@ class MethodSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A setting's methods in its own order. ``left_out``: run files of no method, seed, weight or learning rate of it."""
+    """A setting's methods in its own order. ``left_out``: run files of no method, seed, weight or lr of it."""
 
     setting: Setting
     methods: tuple[MethodSummary, ...]
@@ -144,14 +145,17 @@ def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSumma
     runs = _without_doubles(runs)
     selected = setting.selected.get(method.id)
     have_run = {run.seed for run in runs if setting.target(run.seed)}
-    points = {seed: tuple(_points(setting, seed, runs)) for seed in setting.seeds if seed in have_run}
+    paths = {
+        seed: [_path(setting, run) for run in runs if run.seed == seed] for seed in setting.seeds if seed in have_run
+    }
+    points = {seed: tuple(chain.from_iterable(found)) for seed, found in paths.items()}
     return MethodSummary(
         method=method,
         selected=selected,
         runs=tuple(runs),
         expected=tuple((weight, seed) for weight in _weights(setting, method, runs) for seed in setting.seeds),
         points=points,
-        at_tau={tau: {seed: lowest_at(found, tau) for seed, found in points.items()} for tau in TAUS},
+        at_tau={tau: {seed: _lowest_along(found, tau) for seed, found in paths.items()} for tau in TAUS},
         hypervolumes={s: hypervolume((1 - p.probability, p.kept) for p in found) for s, found in points.items()},
     )
 
@@ -177,16 +181,16 @@ def _without_doubles(runs: Iterable[Run]) -> list[Run]:
     return [best[key] for key in sorted(best, key=lambda key: (-key[0], key[1], key[2]))]
 
 
-def _points(setting: Setting, seed: int, runs: Iterable[Run]) -> Iterable[Point]:
-    target = setting.target(seed)
+def _path(setting: Setting, run: Run) -> list[Point]:
+    target = setting.target(run.seed)
     assert target is not None
-    for run in runs:
-        if run.seed == seed:
-            for entry in run.path:
-                if entry.measured:
-                    yield _point(entry.measured, target, start=entry.step == 0)
-            if run.final:
-                yield _point(run.final, target, start=False)
+    path = [_point(entry.measured, target, start=entry.step == 0) for entry in run.path if entry.measured]
+    return [*path, _point(run.final, target, start=False)] if run.final else path
+
+
+def _lowest_along(paths: list[list[Point]], tau: float) -> float | None:
+    """Return the lowest log p_forget of any look, or between two looks of a run, that keeps at least tau."""
+    return lowest_at([point for path in paths for point in (*path, *crossings(path, tau))], tau)
 
 
 def _point(measured: Measured, target: Yardstick, *, start: bool) -> Point:

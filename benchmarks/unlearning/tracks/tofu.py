@@ -28,7 +28,7 @@ class TofuData:
 
     Args:
         settings: ``data`` is a folder or a name on the hub with TOFU's parts, or empty for invented authors;
-            ``subset`` one of ``FORGOTTEN``; ``authors`` how many, the last ones; 0 for all.
+            ``subset`` one of ``FORGOTTEN``; ``authors`` how many, the last ones; 0 for all that there are.
     Raises:
         InputError: a part is missing or a row is not as it should be.
     """
@@ -81,8 +81,8 @@ class TofuData:
         evaluation = TofuEvaluation(
             forget=self.forget,
             retain=list(thin_out(with_wrong_answers or self.retain, settings.judged_rows)),
-            real_authors=[ChoiceRow.from_row(row) for row in self.real_authors],
-            world_facts=[ChoiceRow.from_row(row) for row in self.world_facts],
+            real_authors=[ChoiceRow.from_row(row) for row in thin_out(self.real_authors, settings.judged_rows)],
+            world_facts=[ChoiceRow.from_row(row) for row in thin_out(self.world_facts, settings.judged_rows)],
             holdout=self.holdout,
         )
         reference = None if retrained is None else TofuReference.from_json(retrained)
