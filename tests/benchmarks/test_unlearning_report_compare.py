@@ -112,6 +112,13 @@ def test_without_a_pair_there_is_nothing_to_say() -> None:
     assert (found.mean, found.low, found.wins, found.verdict) == (None, None, 0, "no pair")
 
 
+def test_a_difference_that_is_sure_but_next_to_nothing_is_a_tie() -> None:
+    small = paired({1: -1.003, 2: -1.0031, 3: -1.0029}, {1: -1.0, 2: -1.0, 3: -1.0}, (1, 2, 3), lower_wins=True)
+    assert small.high is not None
+    assert small.high < 0
+    assert small.verdict == "tie"
+
+
 def test_a_run_that_passes_a_level_between_two_looks_is_compared_there() -> None:
     down_and_up = points((1.0, math.log(0.8)), (0.9, math.log(0.4)), (0.94, math.log(0.2)))
     first, second = crossings(down_and_up, 0.92)

@@ -10,6 +10,7 @@ from scipy import stats
 
 TAUS = (0.99, 0.95, 0.9, 0.8)
 CONFIDENCE = 0.95
+TRIFLE = 0.005  # nats, or area: a difference below it is a tie, however sure it is
 ROUNDING = 1e-12  # relative; a share that is tau but for the division counts as tau
 
 BETTER, TIE, WORSE, ONE_SEED, NO_PAIR = "better", "tie", "worse", "one seed", "no pair"
@@ -63,12 +64,15 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """Return better or worse if the interval excludes 0, else tie; no verdict from fewer than two pairs."""
+        """Return better or worse if the interval excludes 0 and the mean is no trifle, else tie.
+
+        There is no verdict from fewer than two pairs.
+        """
         if self.mean is None:
             return NO_PAIR
         if self.low is None or self.high is None:
             return ONE_SEED
-        if self.low <= 0 <= self.high:
+        if self.low <= 0 <= self.high or abs(self.mean) < TRIFLE:
             return TIE
         return BETTER if (self.mean < 0) == self.lower_wins else WORSE
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from . import numbers
-from .compare import NO_PAIR, ONE_SEED, TAUS, Paired
+from .compare import NO_PAIR, ONE_SEED, TAUS, TRIFLE, Paired
 from .figures import DRAWINGS
 from .reading import MAIN_TAU, reading
 from .summary import Summary
@@ -40,7 +40,7 @@ EQUAL_RETAIN = (
     "(between two looks at a run, linear in p), "
     "mean ± standard deviation over seeds. *Difference*: to the weighted sum of the same losses, seed by seed, with a "
     "95 % t interval; negative forgets more. *Wins*: seeds in which it forgets more. *Verdict*: better or worse where "
-    "the interval excludes 0, otherwise a tie."
+    f"the interval excludes 0 and the difference is at least {TRIFLE}, otherwise a tie."
 )
 HYPERVOLUME = (
     "Area dominated in 1 − p_forget and the lesser of p_retain and p_untouched as a share of the target's, above (0, "
