@@ -48,6 +48,7 @@ def _tiny() -> Iterator[None]:
     """Let ``--form short`` be a tiny setting; handlers of signals, which the command sets, are put back."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("BLUR_OPTIM_DATA_DIR", raising=False)  # With it the command would take all tracks, full-sized.
         patch.setitem(presets.PRESETS, ("tofu", "short"), TINY)
         patch.setitem(small_models.SIZES, "tiny", (16, 24, 1, 400))
         yield
