@@ -165,8 +165,9 @@ def test_blur_moves_along_the_forget_gradient_as_far_as_gamma_says(model: LlamaF
 
 
 def test_it_steers(model: LlamaForCausalLM) -> None:
-    records = train(model, "--steps", "15", "--retain-weight", "0.1")
-    assert records[-1]["forget_loss"] < 0.7 * records[1]["forget_loss"]
+    records = train(model, "--steps", "31", "--retain-weight", "0.1")
+    losses = [record["forget_loss"] for record in records if record["corpus"] == "a"]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_first_retain_loss_is_zero(model: LlamaForCausalLM) -> None:
