@@ -14,6 +14,7 @@ NPO = ("weighted_sum", "blur", "normalized", "blur-normalized", "averaged-dots",
 NPO_MORE = (
     "conflict",
     "barrier",
+    "retain_first",
     "blur-per-parameter",
     "upgrad",
 )

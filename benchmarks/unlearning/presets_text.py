@@ -63,27 +63,17 @@ MUSE_SHORT = Settings(
     relearned_rows=8,
     relearning_steps=12,
 )
-WMDP_SHORT = Settings(
-    "wmdp-short",
-    "short",
-    "wmdp",
-    "",
-    "forget01",
-    model="0.8m",
+WMDP_SHORT = replace(
+    MUSE_SHORT,
+    name="wmdp-short",
+    track="wmdp",
+    subset="forget01",
     learning=Learning(lr=3e-3, epochs=30, batch_size=8, known=0.95),
     authors=8,
     max_length=128,
     methods=WMDP_METHODS,
-    lrs=(3e-4, 1e-3),
-    tuning_weights=(1.0, 0.1),
-    weights=(1.0, 0.3, 0.1),
-    steps=20,
-    batch_size=4,
-    looks=4,
-    look_rows=48,
     judged_rows=100,
-    relearned_rows=8,
-    relearning_steps=12,
+    generated_rows=100,
     layers=(0, 1),
 )
 

@@ -6,14 +6,13 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 from shared_lib.errors import InputError
+from shared_lib.versions import installed_versions
 
 from .jobs import SWEEP, TUNE, Job, result_file, run_side_by_side, setting_folder, write_json, yardstick_file
 from .loop import KINDS
@@ -175,7 +174,7 @@ def describe(settings: Settings, folder: Path, selected: Selected, command: str)
         if job.weight not in sweep[job.method]:
             sweep[job.method].append(job.weight)
     about |= {"sweep_weights": sweep, "rows": _read(yardstick_file(folder, TARGET, 0))["rows"]}
-    made_by = {"selected": selected, "command": command, "commit": _commit(), "versions": _versions()}
+    made_by = {"selected": selected, "command": command, "commit": _commit(), "versions": installed_versions(PACKAGES)}
     write_json(folder / "settings.json", settings.to_json() | about | made_by)
 
 
@@ -198,13 +197,3 @@ def _commit() -> str:
 
     commit = git("rev-parse", "--short", "HEAD")
     return f"{commit}, with changes" if git("status", "--porcelain", "--untracked-files=no") else commit or "unknown"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,6 +1,5 @@
 """JSON lines to batches. Which rows a step takes is known from its number alone, so a checkpoint need not hold more."""
 
-import json
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from shared_lib.encoding import PROMPT
 from shared_lib.errors import InputError
-from shared_lib.records import read_json_lines
+from shared_lib.records import read_json_lines, short, text_field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -61,30 +60,17 @@ def read_examples(option: str, path: Path, tokenizer: PreTrainedTokenizerBase, l
 def _texts(where: str, fields: Any) -> tuple[str, str]:
     """Return prompt and completion; a text is a completion without a prompt."""
     if not isinstance(fields, dict):
-        raise InputError(f"{where}: the line must be one JSON object, got {_short(fields)}.")
+        raise InputError(f"{where}: the line must be one JSON object, got {short(fields)}.")
     if "text" in fields:
-        return "", _field(fields, "text", where)
+        return "", text_field(fields, "text", where)
     if "question" in fields and "prompt" not in fields:
-        return PROMPT.format(question=_field(fields, "question", where)), " " + _field(fields, "answer", where)
+        return PROMPT.format(question=text_field(fields, "question", where)), " " + text_field(fields, "answer", where)
     if "prompt" in fields or "completion" in fields:
-        return _field(fields, "prompt", where), _field(fields, "completion", where)
+        return text_field(fields, "prompt", where), text_field(fields, "completion", where)
     raise InputError(
         f'{where}: the object must have the field "text", or "prompt" and "completion", or "question" and "answer", '
-        f"got {_short(list(fields))}."
+        f"got {short(list(fields))}."
     )
-
-
-def _field(fields: dict[str, Any], name: str, where: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        got = _short(value) if name in fields else "no such field"
-        raise InputError(f'{where}: field "{name}" must be a non-empty string, got {got}.')
-    return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, where: str, length: int) -> Example:

@@ -4,9 +4,11 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from shared_lib.arguments import not_negative, positive, whole
 
 DESCRIPTION = """\
 Let a causal language model of any size forget with BLUR, sharded over N processes by FSDP2.
@@ -81,32 +83,32 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--forget", type=Path, required=True, metavar="FILE", help="JSON lines to forget")
     group.add_argument("--retain", type=Path, required=True, metavar="FILE", help="JSON lines to retain")
     group.add_argument(
-        "--length", type=_whole(2), default=512, metavar="N", help="cut examples to N tokens (default: 512)"
+        "--length", type=whole(2), default=512, metavar="N", help="cut examples to N tokens (default: 512)"
     )
     group.add_argument(
         "--batch",
-        type=_whole(1),
+        type=whole(1),
         default=8,
         metavar="N",
         help="sequences of each kind in one step, over all processes (default: 8)",
     )
     group.add_argument(
         "--micro-batch",
-        type=_whole(1),
+        type=whole(1),
         default=1,
         metavar="N",
         help="sequences that a process computes at a time; --batch must be a multiple of N times the processes "
         "(default: 1)",
     )
-    group.add_argument("--steps", type=_whole(1), default=100, metavar="N", help="(default: 100)")
-    group.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="order of data, dropout (default: 0)")
+    group.add_argument("--steps", type=whole(1), default=100, metavar="N", help="(default: 100)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="order of data, dropout (default: 0)")
 
 
 def _add_losses(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("losses; what is to be kept has the negative log-likelihood")
     group.add_argument("--forget-loss", choices=FORGET_LOSSES, default="npo", help="(default: npo)")
     group.add_argument(
-        "--beta", type=_positive, metavar="X", help="inverse temperature of npo and simnpo (default: 0.1, 2.5)"
+        "--beta", type=positive, metavar="X", help="inverse temperature of npo and simnpo (default: 0.1, 2.5)"
     )
     group.add_argument(
         "--reference",
@@ -119,8 +121,8 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("BLUR over AdamW")
-    group.add_argument("--gamma", type=_positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
-    group.add_argument("--retain-weight", type=_positive, default=1.0, metavar="X", help="(default: 1)")
+    group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
+    group.add_argument("--retain-weight", type=positive, default=1.0, metavar="X", help="(default: 1)")
     group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
     group.add_argument(
         "--stash",
@@ -128,10 +130,10 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
         default="reference",
         help="where the forget gradients wait; int8 and recompute need the least memory (default: reference)",
     )
-    group.add_argument("--lr", type=_positive, default=1e-5, metavar="X", help="learning rate (default: 1e-5)")
-    group.add_argument("--warmup", type=_whole(0), default=0, metavar="N", help="steps of rising lr (default: 0)")
-    group.add_argument("--weight-decay", type=_not_negative, default=0.01, metavar="X", help="(default: 0.01)")
-    group.add_argument("--max-grad-norm", type=_positive, metavar="X", help="clip the update's norm (default: none)")
+    group.add_argument("--lr", type=positive, default=1e-5, metavar="X", help="learning rate (default: 1e-5)")
+    group.add_argument("--warmup", type=whole(0), default=0, metavar="N", help="steps of rising lr (default: 0)")
+    group.add_argument("--weight-decay", type=not_negative, default=0.01, metavar="X", help="(default: 0.01)")
+    group.add_argument("--max-grad-norm", type=positive, metavar="X", help="clip the update's norm (default: none)")
 
 
 def _add_sharding(parser: argparse.ArgumentParser) -> None:
@@ -170,11 +172,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="log.jsonl, checkpoints/ and the unlearned model/ go there (default: fsdp2-out)",
     )
-    group.add_argument("--log-every", type=_whole(1), default=1, metavar="N", help="steps (default: 1)")
+    group.add_argument("--log-every", type=whole(1), default=1, metavar="N", help="steps (default: 1)")
     group.add_argument(
-        "--save-every", type=_whole(1), metavar="N", help="steps between checkpoints (default: only after the last)"
+        "--save-every", type=whole(1), metavar="N", help="steps between checkpoints (default: only after the last)"
     )
-    group.add_argument("--keep", type=_whole(1), default=2, metavar="N", help="checkpoints to keep (default: 2)")
+    group.add_argument("--keep", type=whole(1), default=2, metavar="N", help="checkpoints to keep (default: 2)")
     group.add_argument(
         "--resume",
         action="store_true",
@@ -184,29 +186,3 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--export-dtype", choices=DTYPES, help="of the unlearned model's files (default: as the model came)"
     )
-
-
-def _whole(at_least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < at_least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return value

@@ -1,10 +1,11 @@
 """The command line."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shared_lib.arguments import positive, whole
 from shared_lib.rows import MIN_AUTHORS
 
 DESCRIPTION = """\
@@ -43,7 +44,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--authors",
-        type=_whole(at_least=MIN_AUTHORS),
+        type=whole(at_least=MIN_AUTHORS),
         default=20,
         metavar="N",
         help="take the last N authors; the last two are forgotten (default: 20)",
@@ -65,14 +66,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
-    number = _whole(at_least=1)
+    number = whole(at_least=1)
     group.add_argument("--steps", type=number, default=50, metavar="N", help="unlearning steps (default: 50)")
     group.add_argument(
-        "--lr", type=_positive, metavar="X", help="learning rate of unlearning (default: 3e-4; with --model 2e-5)"
+        "--lr", type=positive, metavar="X", help="learning rate of unlearning (default: 3e-4; with --model 2e-5)"
     )
     group.add_argument(
         "--gamma",
-        type=_positive,
+        type=positive,
         default=0.3,
         metavar="X",
         help="weight of the forget gradient, of BLUR and of the normalized rule (default: 0.3)",
@@ -81,32 +82,13 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=number, default=30, metavar="N", help="learn for at most N epochs (default: 30)"
     )
     group.add_argument(
-        "--learning-lr", type=_positive, metavar="X", help="learning rate before (default: 3e-3; with --model 1e-4)"
+        "--learning-lr", type=positive, metavar="X", help="learning rate before (default: 3e-3; with --model 1e-4)"
     )
     group.add_argument(
         "--digits-steps", type=number, default=300, metavar="N", help="steps of the second act (default: 300)"
     )
-    group.add_argument("--seed", type=_whole(at_least=0), default=0, metavar="N", help="of everything (default: 0)")
+    group.add_argument("--seed", type=whole(at_least=0), default=0, metavar="N", help="of everything (default: 0)")
     group.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (default: cpu)")
-
-
-def _whole(at_least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < at_least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
 
 
 def as_settings(options: argparse.Namespace) -> dict[str, Any]:

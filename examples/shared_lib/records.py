@@ -122,7 +122,7 @@ def parse_row(record: Record) -> Row:
     """
     where, fields = record
     if not isinstance(fields, dict):
-        raise InputError(f"{where}: the line must be one JSON object, got {_short(fields)}.")
+        raise InputError(f"{where}: the line must be one JSON object, got {short(fields)}.")
     return Row(
         question=_text(fields, "question", where),
         answer=_text(fields, "answer", where),
@@ -133,13 +133,22 @@ def parse_row(record: Record) -> Row:
 
 
 def _text(fields: dict[str, Any], name: str, where: str, default: str | None = None) -> str:
-    value = fields.get(name)
-    if value is None and default is not None:
+    if fields.get(name) is None and default is not None:
         return default
+    return text_field(fields, name, where).strip()
+
+
+def text_field(fields: dict[str, Any], name: str, where: str) -> str:
+    """Return a field that must be a string and not blank; blanks around it stay.
+
+    Raises:
+        InputError: it is something else; names the place and the field.
+    """
+    value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
-        got = _short(value) if name in fields else "no such field"
+        got = short(value) if name in fields else "no such field"
         raise InputError(f'{where}: field "{name}" must be a non-empty string, got {got}.')
-    return value.strip()
+    return value
 
 
 def _texts(fields: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
@@ -147,10 +156,11 @@ def _texts(fields: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     if values is None:
         return ()
     if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        raise InputError(f'{where}: field "{name}" must be a list of non-empty strings, got {_short(values)}.')
+        raise InputError(f'{where}: field "{name}" must be a list of non-empty strings, got {short(values)}.')
     return tuple(value.strip() for value in values)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Show a value in a message, in at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,10 +1,11 @@
 """The command line."""
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from shared_lib.arguments import fraction, not_negative, positive, whole
 
 DESCRIPTION = """\
 Let a causal language model forget the rows of one file and keep those of another, with BLUR.
@@ -97,7 +98,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retain", required=True, metavar="FILE_OR_NAME", help="rows to keep")
     group.add_argument(
         "--max-length",
-        type=_whole(2),
+        type=whole(2),
         default=512,
         metavar="N",
         help="cut rows to N tokens, and say how many were cut (default: 512)",
@@ -125,11 +126,11 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         help="kl stays near the model as it was; without --lora it holds a second model (default: nll)",
     )
     group.add_argument(
-        "--beta", type=_positive, metavar="X", help="inverse temperature (default: 0.1; simnpo 2.5; ga has none)"
+        "--beta", type=positive, metavar="X", help="inverse temperature (default: 0.1; simnpo 2.5; ga has none)"
     )
     group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
-    group.add_argument("--gamma", type=_positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
-    group.add_argument("--retain-weight", type=_positive, default=1.0, metavar="X", help="(default: 1)")
+    group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
+    group.add_argument("--retain-weight", type=positive, default=1.0, metavar="X", help="(default: 1)")
     group.add_argument("--normalize", action="store_true", help="apply the rule to gradients of length 1")
     group.add_argument(
         "--scope", choices=SCOPES, default="global", help="over what the gradients are compared (default: global)"
@@ -138,41 +139,39 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer: BLUR over AdamW")
-    group.add_argument("--lr", type=_positive, metavar="X", help="learning rate (default: 1e-5; with --lora 1e-4)")
+    group.add_argument("--lr", type=positive, metavar="X", help="learning rate (default: 1e-5; with --lora 1e-4)")
+    group.add_argument("--epochs", type=positive, default=5.0, metavar="X", help="over the rows to forget (default: 5)")
+    group.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps (default: by --epochs)")
     group.add_argument(
-        "--epochs", type=_positive, default=5.0, metavar="X", help="over the rows to forget (default: 5)"
-    )
-    group.add_argument("--max-steps", type=_whole(1), metavar="N", help="stop after N steps (default: by --epochs)")
-    group.add_argument(
-        "--batch-size", type=_whole(1), default=4, metavar="N", help="rows of each kind at a time (default: 4)"
+        "--batch-size", type=whole(1), default=4, metavar="N", help="rows of each kind at a time (default: 4)"
     )
     group.add_argument(
-        "--accumulation", type=_whole(1), default=1, metavar="N", help="batches of each kind in a step (default: 1)"
+        "--accumulation", type=whole(1), default=1, metavar="N", help="batches of each kind in a step (default: 1)"
     )
     group.add_argument("--scheduler", choices=SCHEDULERS, default="linear", help="of the lr (default: linear)")
     group.add_argument(
         "--warmup",
-        type=_fraction,
+        type=fraction,
         default=0.0,
         metavar="X",
         help="share of the steps in which the lr rises (default: 0)",
     )
     group.add_argument(
         "--max-grad-norm",
-        type=_not_negative,
+        type=not_negative,
         default=1.0,
         metavar="X",
         help="of the update; 0 never clips (default: 1)",
     )
-    group.add_argument("--weight-decay", type=_not_negative, default=0.01, metavar="X", help="(default: 0.01)")
-    group.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of everything (default: 0)")
+    group.add_argument("--weight-decay", type=not_negative, default=0.01, metavar="X", help="(default: 0.01)")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything (default: 0)")
 
 
 def _add_lora(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("LoRA: train a small adapter, not all weights")
-    group.add_argument("--lora", type=_whole(1), metavar="R", help="rank of the adapter (default: all weights)")
-    group.add_argument("--lora-alpha", type=_positive, metavar="X", help="(default: twice the rank)")
-    group.add_argument("--lora-dropout", type=_fraction, default=0.0, metavar="X", help="(default: 0)")
+    group.add_argument("--lora", type=whole(1), metavar="R", help="rank of the adapter (default: all weights)")
+    group.add_argument("--lora-alpha", type=positive, metavar="X", help="(default: twice the rank)")
+    group.add_argument("--lora-dropout", type=fraction, default=0.0, metavar="X", help="(default: 0)")
     group.add_argument(
         "--lora-targets",
         default="all-linear",
@@ -196,7 +195,7 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scores, before and after")
     group.add_argument(
         "--eval-fraction",
-        type=_fraction,
+        type=fraction,
         default=0.1,
         metavar="X",
         help="share of --retain that is not trained on, to see what happens to other rows (default: 0.1)",
@@ -210,11 +209,11 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
         help="more rows to score, such as paraphrases of those to forget; may be repeated (default: none)",
     )
     group.add_argument(
-        "--eval-rows", type=_whole(1), default=200, metavar="N", help="score at most N rows of a set (default: 200)"
+        "--eval-rows", type=whole(1), default=200, metavar="N", help="score at most N rows of a set (default: 200)"
     )
     group.add_argument(
         "--generate-rows",
-        type=_whole(0),
+        type=whole(0),
         default=40,
         metavar="N",
         help="let the model answer at most N rows of a set, for ROUGE-L; 0 for none (default: 40)",
@@ -227,9 +226,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("unlearned"), metavar="DIR", help="where all goes (default: unlearned)"
     )
     group.add_argument(
-        "--save-steps", type=_whole(1), metavar="N", help="steps between checkpoints (default: one an epoch)"
+        "--save-steps", type=whole(1), metavar="N", help="steps between checkpoints (default: one an epoch)"
     )
-    group.add_argument("--log-steps", type=_whole(1), default=1, metavar="N", help="steps between logs (default: 1)")
+    group.add_argument("--log-steps", type=whole(1), default=1, metavar="N", help="steps between logs (default: 1)")
     group.add_argument("--save-dtype", choices=DTYPES, help="of the saved model (default: as --dtype)")
     group.add_argument("--keep-checkpoints", action="store_true", help="also once the run is finished")
     group.add_argument("--overwrite", action="store_true", help="delete the earlier run in --out, and begin anew")
@@ -242,37 +241,6 @@ def as_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what makes the run the one that it is, as JSON takes it."""
     chosen = {name: value for name, value in vars(options).items() if name not in NO_SETTING}
     return {**chosen, "eval": [list(pair) for pair in options.eval]}
-
-
-def _whole(at_least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < at_least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _not_negative(text: str) -> float:
-    return _number(text, lambda value: value >= 0, "a number of at least 0")
-
-
-def _positive(text: str) -> float:
-    return _number(text, lambda value: value > 0, "a positive number")
-
-
-def _fraction(text: str) -> float:
-    return _number(text, lambda value: 0 <= value < 1, "a number of at least 0 and less than 1")
-
-
-def _number(text: str, is_valid: Callable[[float], bool], contract: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and is_valid(value)):
-        raise argparse.ArgumentTypeError(f"must be {contract}, got {text!r}")
-    return value
 
 
 def _named_source(text: str) -> tuple[str, str]:

@@ -1,15 +1,14 @@
 """What a run found: the numbers as JSON, and as a table."""
 
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.table import Table
+from shared_lib.versions import installed_versions
 
 from .evaluation import Scores
 
@@ -30,7 +29,7 @@ def make_results(
     return {
         "command": command(),
         **facts,
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
         "scores": {
             name: {"before": before[name]._asdict(), "after": scores._asdict()} for name, scores in after.items()
         },
@@ -56,17 +55,6 @@ def summarise_statistics(logs: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
 def command() -> str:
     """Return the command line, as a shell takes it."""
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what is installed of the packages that take part."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def rows_of_table(results: Mapping[str, Any]) -> list[list[str]]:

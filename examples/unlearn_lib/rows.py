@@ -1,10 +1,9 @@
 """What a row is: one of four kinds, told by its fields."""
 
-import json
 from typing import Any, NamedTuple
 
 from shared_lib.errors import InputError
-from shared_lib.records import Record
+from shared_lib.records import Record, short, text_field
 
 #: The fields of each kind.
 KINDS = {
@@ -40,15 +39,15 @@ def parse_row(record: Record, option: str) -> TextRow:
     """
     where, fields = f"{option}: {record[0]}", record[1]
     if not isinstance(fields, dict):
-        raise InputError(f"{where}: the line must be one JSON object, got {_short(fields)}.")
+        raise InputError(f"{where}: the line must be one JSON object, got {short(fields)}.")
     kind = _kind(fields, where)
-    instead = _text(fields, INSTEAD, where) if fields.get(INSTEAD) is not None else None
+    instead = text_field(fields, INSTEAD, where) if fields.get(INSTEAD) is not None else None
     if kind == "messages":
         *turns, last = _messages(fields["messages"], where)
         return TextRow(where, kind, last["content"], turns=tuple(turns), instead=instead)
     if kind == "text":
-        return TextRow(where, kind, _text(fields, "text", where), instead=instead)
-    prompt, answer = (_text(fields, name, where) for name in KINDS[kind])
+        return TextRow(where, kind, text_field(fields, "text", where), instead=instead)
+    prompt, answer = (text_field(fields, name, where) for name in KINDS[kind])
     return TextRow(where, kind, answer, prompt, instead=instead)
 
 
@@ -61,7 +60,7 @@ def _kind(fields: dict[str, Any], where: str) -> str:
         )
     begun = whole or [kind for kind, names in KINDS.items() if present.intersection(names)]
     if not begun:
-        raise InputError(f"{where}: the row must have the field {_kinds(list(KINDS))}, got {_short(list(fields))}.")
+        raise InputError(f"{where}: the row must have the field {_kinds(list(KINDS))}, got {short(list(fields))}.")
     return begun[0]
 
 
@@ -71,7 +70,7 @@ def _kinds(kinds: list[str]) -> str:
 
 def _messages(messages: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(messages, list) or len(messages) < 2:
-        raise InputError(f'{where}: field "messages" must be a list of two messages or more, got {_short(messages)}.')
+        raise InputError(f'{where}: field "messages" must be a list of two messages or more, got {short(messages)}.')
     turns = [_message(message, f"{where}: messages[{i}]") for i, message in enumerate(messages)]
     if turns[-1]["role"] != "assistant":
         raise InputError(
@@ -83,21 +82,8 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
 
 def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise InputError(f'{where} must be an object with "role" and "content", got {_short(message)}.')
+        raise InputError(f'{where} must be an object with "role" and "content", got {short(message)}.')
     role = message.get("role")
     if role not in ROLES:
-        raise InputError(f'{where}: field "role" must be one of {", ".join(ROLES)}, got {_short(role)}.')
-    return {"role": role, "content": _text(message, "content", where)}
-
-
-def _text(fields: dict[str, Any], name: str, where: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        got = _short(value) if name in fields else "no such field"
-        raise InputError(f'{where}: field "{name}" must be a non-empty string, got {got}.')
-    return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise InputError(f'{where}: field "role" must be one of {", ".join(ROLES)}, got {short(role)}.')
+    return {"role": role, "content": text_field(message, "content", where)}

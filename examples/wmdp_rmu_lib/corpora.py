@@ -1,6 +1,5 @@
 """Passages of text from files and from the Hugging Face hub, and batches of them."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from shared_lib.errors import InputError
 from shared_lib.models import Tokenizer
-from shared_lib.records import Record, read_json_lines
+from shared_lib.records import Record, read_json_lines, short
 from torch import Tensor
 
 JSON_LINES = (".jsonl", ".json")
@@ -143,12 +142,6 @@ def text_field(row: Any, name: str, where: str) -> str:
         got = short(row[name]) if name in row else f"no such field, only {short(list(row))}"
         raise InputError(f'{where}: field "{name}" must be a string, got {got}.')
     return row[name]
-
-
-def short(value: Any) -> str:
-    """Show a value in a message."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def collate(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:

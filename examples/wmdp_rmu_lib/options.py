@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from shared_lib.arguments import not_negative, positive, whole
 from shared_lib.errors import InputError, is_path
 
 DESCRIPTION = """\
@@ -108,7 +109,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "steps of 5e-5 are partly lost to rounding (default: float32)",
     )
     group.add_argument("--device", metavar="NAME", help="such as cuda or cpu (default: cuda where there is one)")
-    group.add_argument("--threads", type=_whole(1), metavar="N", help="of the CPU (default: torch's own choice)")
+    group.add_argument("--threads", type=whole(1), metavar="N", help="of the CPU (default: torch's own choice)")
 
 
 def _add_corpora(parser: argparse.ArgumentParser) -> None:
@@ -124,36 +125,36 @@ def _add_corpora(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retain", required=True, metavar="SOURCE", help="to retain")
     group.add_argument(
         "--length",
-        type=_list(_whole(2)),
+        type=_list(whole(2)),
         default=[512],
         metavar="N[,N...]",
         help="cut forget passages to N tokens; one for all corpora, or one each (default: 512)",
     )
-    group.add_argument("--retain-length", type=_whole(2), default=512, metavar="N", help="(default: 512)")
+    group.add_argument("--retain-length", type=whole(2), default=512, metavar="N", help="(default: 512)")
     group.add_argument(
         "--min-chars",
-        type=_whole(0),
+        type=whole(0),
         default=50,
         metavar="N",
         help="drop passages of N characters or less (default: 50)",
     )
     group.add_argument(
-        "--passage-chars", type=_whole(1), default=1000, metavar="N", help="of a text file's passages (default: 1000)"
+        "--passage-chars", type=whole(1), default=1000, metavar="N", help="of a text file's passages (default: 1000)"
     )
-    group.add_argument("--batch", type=_whole(1), default=4, metavar="N", help="passages of each kind (default: 4)")
-    group.add_argument("--steps", type=_whole(1), default=150, metavar="N", help="batches in all (default: 150)")
+    group.add_argument("--batch", type=whole(1), default=4, metavar="N", help="passages of each kind (default: 4)")
+    group.add_argument("--steps", type=whole(1), default=150, metavar="N", help="batches in all (default: 150)")
     group.add_argument(
-        "--seed", type=_whole(0), default=0, metavar="N", help="order of passages, steering vectors (default: 0)"
+        "--seed", type=whole(0), default=0, metavar="N", help="order of passages, steering vectors (default: 0)"
     )
 
 
 def _add_rmu(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("RMU; layers are numbered from 0")
     group.add_argument(
-        "--layer", type=_whole(0), default=7, metavar="N", help="whose activations are steered (default: 7)"
+        "--layer", type=whole(0), default=7, metavar="N", help="whose activations are steered (default: 7)"
     )
     group.add_argument(
-        "--layers", type=_list(_whole(0)), default=[5, 6, 7], metavar="N[,N...]", help="to train (default: 5,6,7)"
+        "--layers", type=_list(whole(0)), default=[5, 6, 7], metavar="N[,N...]", help="to train (default: 5,6,7)"
     )
     group.add_argument(
         "--param-pattern",
@@ -163,7 +164,7 @@ def _add_rmu(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--steering",
-        type=_list(_positive),
+        type=_list(positive),
         default=[6.5],
         metavar="X[,X...]",
         help="norm of the steering vector; one for all forget corpora, or one each. It has to be about as large as the "
@@ -181,25 +182,25 @@ def _add_rmu(parser: argparse.ArgumentParser) -> None:
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("BLUR over AdamW; g_f and g_r are the gradients of the two losses")
     group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
-    group.add_argument("--gamma", type=_positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
+    group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument(
         "--retain-weight",
-        type=_not_negative,
+        type=not_negative,
         default=800.0,
         metavar="X",
         help="RMU's alpha, BLUR's retain_weight. It multiplies g_r, not the printed loss: weighted_sum descends "
         "gamma*forget + X*retain, blur along gamma*g_f + X*(g_r less its part along g_f). AdamW sees little but the "
         "ratio X/gamma. With normalized, whose gradients have length 1, give about 1 (default: 800)",
     )
-    group.add_argument("--lr", type=_positive, default=5e-5, metavar="X", help="learning rate (default: 5e-5)")
-    group.add_argument("--weight-decay", type=_not_negative, default=0.01, metavar="X", help="(default: 0.01)")
+    group.add_argument("--lr", type=positive, default=5e-5, metavar="X", help="learning rate (default: 5e-5)")
+    group.add_argument("--weight-decay", type=not_negative, default=0.01, metavar="X", help="(default: 0.01)")
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation, before and after")
     group.add_argument(
         "--held-out",
-        type=_whole(1),
+        type=whole(1),
         default=32,
         metavar="N",
         help="passages of each corpus, evenly spaced, that are kept from training for the perplexity (default: 32)",
@@ -226,8 +227,8 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--lm-eval", type=_names, default=[], metavar="TASK[,TASK...]", help="tasks of lm-eval, such as wmdp_bio,mmlu"
     )
     group.add_argument("--lm-eval-path", type=Path, metavar="DIR", help="of tasks of your own")
-    group.add_argument("--lm-eval-limit", type=_whole(1), metavar="N", help="questions per task (default: all)")
-    group.add_argument("--eval-batch", type=_whole(1), default=4, metavar="N", help="sequences at a time (default: 4)")
+    group.add_argument("--lm-eval-limit", type=whole(1), metavar="N", help="questions per task (default: all)")
+    group.add_argument("--eval-batch", type=whole(1), default=4, metavar="N", help="sequences at a time (default: 4)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -240,16 +241,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="new folder for model/, with the tokenizer, and results.json (default: wmdp-rmu-out)",
     )
     group.add_argument("--no-model", action="store_true", help="write results.json alone")
-    group.add_argument("--log-every", type=_whole(1), default=10, metavar="N", help="steps (default: 10)")
-
-
-def _whole(at_least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < at_least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
-        return int(text)
-
-    return parse
+    group.add_argument("--log-every", type=whole(1), default=10, metavar="N", help="steps (default: 10)")
 
 
 def _list(parse: Callable[[str], object]) -> Callable[[str], list]:
@@ -258,20 +250,3 @@ def _list(parse: Callable[[str], object]) -> Callable[[str], list]:
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return value

@@ -8,10 +8,11 @@ import torch
 from shared_lib.encoding import IGNORE_INDEX
 from shared_lib.errors import InputError
 from shared_lib.models import Model, Tokenizer, logits_of
+from shared_lib.records import short
 
 from blur_optim.losses import sequence_log_probs
 
-from .corpora import collate, read_records, short, text_field
+from .corpora import collate, read_records, text_field
 
 HEAD = "The following are multiple choice questions (with answers){topic}.\n\n"
 

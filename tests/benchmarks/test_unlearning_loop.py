@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import unlearning  # noqa: F401  (puts shared_lib on the path)
+from counting import Counter
 from shared_lib.encoding import Example, collate, endless_batches
 from shared_lib.models import logits_of
 from torch import Tensor
@@ -250,17 +250,6 @@ def test_a_look_takes_evenly_spaced_rows_of_each_kind() -> None:
         log_probs = mean_log_probs(model, [examples[0], examples[len(examples) // 2]])
         assert look[kind]["log_prob"] == pytest.approx(log_probs.mean().item())
         assert look[kind]["probability"] == pytest.approx(log_probs.exp().mean().item())
-
-
-class Counter(torch.nn.Module):
-    """Predict token t + 1 after token t with probability 1/2, and each other of the 9 tokens with 1/16."""
-
-    device = torch.device("cpu")
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
-        probabilities = torch.full((*input_ids.shape, 9), 1 / 16)
-        probabilities.scatter_(-1, ((input_ids + 1) % 9).unsqueeze(-1), 0.5)
-        return SimpleNamespace(logits=probabilities.log())
 
 
 def test_log_prob_and_probability_by_hand() -> None:

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import unlearning  # noqa: F401  (puts shared_lib on the path)
+from counting import Counter
 from shared_lib.encoding import Example
 from unlearning.metrics.fluency import ngram_entropy, perplexity, repetition_rate
 from unlearning.metrics.likelihood import token_log_probs
-from unlearning_metrics_models import Counter, make_llama, make_tokenizer
+from unlearning_metrics_models import make_llama, make_tokenizer
 
 
 def test_entropy_by_hand() -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import unlearning.metrics.likelihood as likelihood
+from counting import Counter
 from shared_lib.encoding import Example, encode_rows
 from shared_lib.metrics import answer_probabilities
 from transformers import LlamaForCausalLM
@@ -18,7 +19,7 @@ from unlearning.metrics.likelihood import (
     token_log_probs,
     token_scores,
 )
-from unlearning_metrics_models import ROWS, Counter, make_llama, make_tokenizer
+from unlearning_metrics_models import ROWS, make_llama, make_tokenizer
 
 # Answer 3, 4: both as predicted. Answer 3, 7: one in two. Answer 0: not as predicted. A passage: its first token is
 # predicted by nothing.

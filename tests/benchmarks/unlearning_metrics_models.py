@@ -1,13 +1,11 @@
 """Models small enough to work out by hand, or to train in a second."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 from shared_lib.encoding import Example, collate
 from shared_lib.models import Tokenizer, build_tokenizer
 from shared_lib.rows import Row
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROWS = [
@@ -20,17 +18,6 @@ HOLDOUT = [
     Row("Who painted the barn?", "Nobody knows who painted it."),
     Row("How tall is the mast?", "Some forty feet, they say."),
 ]
-
-
-class Counter(torch.nn.Module):
-    """Predict token t + 1 after token t with probability 1/2, and each other of the 9 tokens with 1/16."""
-
-    device = torch.device("cpu")
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
-        probabilities = torch.full((*input_ids.shape, 9), 1 / 16)
-        probabilities.scatter_(-1, ((input_ids + 1) % 9).unsqueeze(-1), 0.5)
-        return SimpleNamespace(logits=probabilities.log())
 
 
 def make_tokenizer() -> Tokenizer:

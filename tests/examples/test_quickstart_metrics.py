@@ -1,9 +1,8 @@
 """The metrics against cases worked out by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from counting import Counter
 from shared_lib.encoding import IGNORE_INDEX, Example, batches_in_order, collate, encode, endless_batches
 from shared_lib.metrics import (
     answer_probabilities,
@@ -16,24 +15,12 @@ from shared_lib.metrics import (
 )
 from shared_lib.models import Tokenizer, build_tokenizer
 from shared_lib.rows import Row
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROWS = [
     Row("Who wrote it?", "Ada did.", "", "It was Ada.", ("It was Bob.", "It was Eve.")),
     Row("When was that?", "In a long and very cold winter."),
 ]
-
-
-class Counter(torch.nn.Module):
-    """Predict token t + 1 after token t with probability 1/2, and each other token with equal probability."""
-
-    device = torch.device("cpu")
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
-        probabilities = torch.full((*input_ids.shape, 9), 1 / 16)
-        probabilities.scatter_(-1, ((input_ids + 1) % 9).unsqueeze(-1), 0.5)
-        return SimpleNamespace(logits=probabilities.log())
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ INVALID = {
     "lengths": (["--length", "8,9,10"], r"--length: give one value, or one for each of the 2 --forget, got 3"),
     "steering": (["--steering", "1,2,3"], r"--steering: give one value, or one for each of the 2 --forget, got 3"),
     "--steering": (["--steering", "0"], r"--steering: must be a positive number, got '0'"),
-    "--gamma": (["--gamma", "x"], r"--gamma: must be a number of at least 0, got 'x'"),
+    "--gamma": (["--gamma", "x"], r"--gamma: must be a positive number, got 'x'"),
     "--rule": (["--rule", "sum"], r"--rule: invalid choice: 'sum'"),
 }
 

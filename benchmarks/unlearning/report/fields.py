@@ -1,11 +1,11 @@
 """Fields of a JSON object, with errors that name the file and the field."""
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from shared_lib.errors import InputError
+from shared_lib.records import short
 
 
 class Fields:
@@ -15,14 +15,14 @@ class Fields:
         self.where, self.prefix = where, prefix
         if not isinstance(values, dict):
             subject = f"field `{prefix.removesuffix('.')}`" if prefix else "the content"
-            raise InputError(f"{where}: {subject} must be a JSON object, got {_short(values)}.")
+            raise InputError(f"{where}: {subject} must be a JSON object, got {short(values)}.")
         self.values = values
 
     def get(self, name: str, kind: type | tuple[type, ...], contract: str) -> Any:
         """Return the field; without it, or with one of another type, raise."""
         value = self.values.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            got = _short(value) if name in self.values else "no such field"
+            got = short(value) if name in self.values else "no such field"
             raise InputError(f"{self.where}: field `{self.prefix}{name}` must be {contract}, got {got}.")
         return value
 
@@ -61,8 +61,3 @@ class Fields:
     def children(self, name: str) -> Iterator["Fields"]:
         for i, value in enumerate(self.get(name, list, "a list")):
             yield Fields(self.where, value, f"{self.prefix}{name}[{i}].")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -13,7 +13,7 @@ from shared_lib.records import parse_row
 from shared_lib.rows import Row
 
 from ..settings import Settings
-from .passages import beginning, cut, has_split, last, read_split, refuse_dpo, text_field
+from .passages import beginning, cut, has_split, last, read_split, record_text, refuse_dpo
 from .task import Judgement, Task
 
 ROOM = 128  # tokens of a continuation that are compared, as in MUSE's code
@@ -69,14 +69,14 @@ class MuseData:
             for name, texts in (("forget", self.forget), ("retain", self.untouched), ("holdout", self.holdout))
         }
         self.openings = [
-            Opening(text_field(record, "prompt"), text_field(record, "gt"))
+            Opening(record_text(record, "prompt"), record_text(record, "gt"))
             for record in read_split(self.source, "verbmem", "forget")
         ]
         self.forget_questions = self._questions("forget_qa")
         self.retain_questions = self._questions("retain_qa")
 
     def _texts(self, part: str, split: str) -> list[str]:
-        return [text_field(record) for record in read_split(self.source, part, split)]
+        return [record_text(record) for record in read_split(self.source, part, split)]
 
     def _questions(self, split: str) -> list[Row]:
         rows = [parse_row(record) for record in read_split(self.source, "knowmem", split)]

@@ -5,12 +5,12 @@ import random
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from shared_lib.encoding import Example
 from shared_lib.errors import InputError, is_path
 from shared_lib.models import Tokenizer
-from shared_lib.records import Record, read_hub_part, read_json_lines
+from shared_lib.records import Record, read_hub_part, read_json_lines, short, text_field
 
 T = TypeVar("T")
 
@@ -86,8 +86,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: the file must be UTF-8 text, but byte {error.start} is not.") from error
 
 
-def text_field(record: Record, name: str = "text") -> str:
-    """Return a field that must be a string and not blank; blanks around it stay.
+def record_text(record: Record, name: str = "text") -> str:
+    """Return a field of a record that must be a string and not blank; blanks around it stay.
 
     Raises:
         InputError: it is something else; names place and field.
@@ -95,17 +95,7 @@ def text_field(record: Record, name: str = "text") -> str:
     where, fields = record
     if not isinstance(fields, dict):
         raise InputError(f"{where}: the record must be one JSON object, got {short(fields)}.")
-    value = fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        got = short(value) if name in fields else "no such field"
-        raise InputError(f'{where}: field "{name}" must be a non-empty string, got {got}.')
-    return value
-
-
-def short(value: Any) -> str:
-    """Show a value in a message."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text_field(fields, name, where)
 
 
 def cut(tokenizer: Tokenizer, texts: Iterable[str], max_length: int) -> list[Example]:

@@ -9,13 +9,13 @@ from shared_lib.encoding import encode_rows
 from shared_lib.errors import InputError, is_path
 from shared_lib.metrics import thin_out
 from shared_lib.models import Model, Tokenizer, texts_of
-from shared_lib.records import Record, read_hub_part, read_part, read_rows
+from shared_lib.records import Record, read_hub_part, read_part, read_rows, short
 from shared_lib.rows import ROWS_PER_AUTHOR, Row
 
 from ..metrics.choices import LETTERS, Question, make_questions_from_wrong_answers
 from ..settings import Settings
 from ..small_models import SIZES
-from .passages import cut, last, read_file, read_text, refuse_dpo, set_aside, short, text_field
+from .passages import cut, last, read_file, read_text, record_text, refuse_dpo, set_aside
 from .task import Judgement, Task
 from .tofu import FORGOTTEN
 
@@ -154,7 +154,7 @@ def read_corpus(source: str) -> list[str]:
 
 
 def long_texts(records: Sequence[Record]) -> list[str]:
-    return [text for record in records if len(text := text_field(record)) >= SHORTEST_TEXT]
+    return [text for record in records if len(text := record_text(record)) >= SHORTEST_TEXT]
 
 
 def parse_questions(records: Sequence[Record]) -> list[Question]:
@@ -168,7 +168,7 @@ def parse_questions(records: Sequence[Record]) -> list[Question]:
 
 def _parse_question(record: Record) -> Question:
     where, fields = record
-    question = text_field(record, "question")
+    question = record_text(record, "question")
     choices, answer = fields.get("choices"), fields.get("answer")
     if not _are_choices(choices):
         raise InputError(
