@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -51,7 +52,8 @@ def check_sources(settings: Settings, folder: Path) -> None:
     Raises:
         InputError: a file has changed since.
     """
-    sources = {name: _files(Path(name)) for name in (settings.data, settings.model, settings.retrained) if name}
+    named = (settings.data, settings.retain_data, settings.questions, settings.utility_questions)
+    sources = {name: _files(Path(name)) for name in (*named, settings.model, settings.retrained) if name}
     path = folder / "sources.json"
     if not path.is_file():
         write_json(path, sources)
@@ -62,10 +64,18 @@ def check_sources(settings: Settings, folder: Path) -> None:
         )
 
 
-def _files(path: Path) -> list[list[Any]]:
-    """List the files of a local source by name, size and time; nothing for a name on the hub."""
+def _files(path: Path) -> list[list[str]]:
+    """List the files of a local source by name and content; nothing for a name on the hub."""
     found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+    return [[file.name, _digest(file)] for file in found]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Stage:

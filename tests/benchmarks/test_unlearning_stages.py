@@ -1,6 +1,7 @@
 """The order of things, on result files made by hand: what tuning chooses, what is run, what is not run again."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -337,13 +338,17 @@ def test_describe_needs_only_the_yardsticks(tmp_path: Path, workers: Workers) ->
 # -- What the results rest on ----------------------------------------------------------------------------------------
 
 
-def test_results_of_data_that_has_changed_since_are_not_mixed_with_new_ones(tmp_path: Path, workers: Workers) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "full.json").write_text("{}")
-    settings = replace(SETTINGS, data=str(data))
+@pytest.mark.parametrize("field", ["data", "retain_data", "questions", "utility_questions", "model", "retrained"])
+def test_results_of_files_that_have_changed_since_are_not_mixed_with_new_ones(
+    field: str, tmp_path: Path, workers: Workers
+) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "full.json").write_text("{}")
+    settings = replace(SETTINGS, **{field: str(files)})
     run(settings, tmp_path / "cache")
-    run(settings, tmp_path / "cache")  # The same files: nothing to say.
-    (data / "full.json").write_text('{"question": "?"}')
+    os.utime(files / "full.json", (1, 1))
+    run(settings, tmp_path / "cache")  # The same content, as after another checkout: nothing to say.
+    (files / "full.json").write_text("[]")
     with pytest.raises(InputError, match=r"--cache: .* holds results from other files .* Delete it"):
         run(settings, tmp_path / "cache")
