@@ -27,7 +27,7 @@ from blur_optim.losses.reference import adapter_owner
 from blur_optim.rules import UserRule
 
 try:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 except ImportError as error:
     raise ImportError(
         "`transformers` and `accelerate` must be installed for BLURTrainer. `pip install 'blur_optim[transformers]'`."
@@ -156,30 +156,21 @@ class BLURTrainer(BLURStepMixin, Trainer):
             make_retain_loss(retain_loss, shared),
             **{**args.blur_options(), **({} if rule is None else {"rule": rule})},
         )
+        self.add_callback(_PrepareReference(self))
         if args.record is not None:
             options = {"every": args.record_every, "alignment": args.record_alignment}
             self.add_callback(RecordCallback(self, args.record, **options))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; before the first step, compute what the forget loss compares with.
-
-        Raises:
-            FileNotFoundError: a run is resumed, and the reference of its first part is missing.
-            ValueError: the reference's file belongs to another model.
-        """
-        if self._stores_reference and self.reference_log_probs is None:
-            self.reference_log_probs = self._load_reference() if resume_from_checkpoint else self._compute_reference()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The loader of pairs."""
         self._pending = []  # An interrupted run may have left some.
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self._collate_pairs = PairCollator(self._collator(), self.reference_log_probs)
         loader: DataLoader[Any] = self.accelerator.prepare(
             self._loader(
                 self.train_dataset,
                 self._train_batch_size,
-                PairCollator(self._collator(), self.reference_log_probs),
+                self._collate_pairs,
                 # At the first step of an epoch the state counts whole ones, also where a run is resumed in the middle.
                 sampler=PairSampler(self.train_dataset, seed, lambda: int(self.state.epoch or 0)),
                 drop_last=self.args.dataloader_drop_last,
@@ -213,27 +204,30 @@ class BLURTrainer(BLURStepMixin, Trainer):
         reference.requires_grad_(False).eval().to(self.args.device)
         return Reference(reference, self.accelerator.autocast)
 
+    def prepare_reference(self) -> None:
+        """Compute what the forget loss compares with, or load it where a run is resumed; called when training begins.
+
+        Not before: under FSDP no process holds the whole model, which only runs once it is sharded.
+
+        Raises:
+            FileNotFoundError: a run is resumed, and the reference of its first part is missing.
+            ValueError: the reference's file belongs to another model.
+        """
+        if self._stores_reference and self.reference_log_probs is None:
+            self.reference_log_probs = self._load_reference() if self.state.global_step else self._compute_reference()
+        self._collate_pairs.reference = self.reference_log_probs
+
     def _compute_reference(self) -> ReferenceLogProbs:
-        if getattr(self, "is_fsdp_enabled", False):
-            raise ValueError(
-                "`reference` must be given under FSDP, where no process holds the whole model before training. Compute "
-                "it before, in one process: ReferenceLogProbs.load_or_compute(file, model, batches)."
-            )
-        rank, ranks, path = self.args.process_index, self.args.world_size, self.reference_path
-        part = path if ranks == 1 else path.with_name(f"{path.stem}-{rank}-of-{ranks}{path.suffix}")
+        rank, ranks = self.args.process_index, self.args.world_size
         # In the precision of training, or the first step would find a difference to the reference that is none.
         with self.accelerator.autocast():
-            mine = ReferenceLogProbs.load_or_compute(
-                part, self.model, self._reference_batches(rank, ranks), progress=not self.args.disable_tqdm
+            return ReferenceLogProbs.load_or_compute(
+                self.reference_path,
+                self.model_wrapped if getattr(self, "is_fsdp_enabled", False) else self.model,
+                self._reference_batches(rank, ranks),
+                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+                across_ranks=ranks > 1,
             )
-        if ranks == 1:
-            return mine
-        self.accelerator.wait_for_everyone()
-        parts = [path.with_name(f"{path.stem}-{i}-of-{ranks}{path.suffix}") for i in range(ranks)]
-        whole = ReferenceLogProbs.load(*parts)
-        if self.accelerator.is_main_process:
-            whole.save(path)
-        return whole
 
     def _load_reference(self) -> ReferenceLogProbs:
         path = self.reference_path
@@ -251,6 +245,14 @@ class BLURTrainer(BLURStepMixin, Trainer):
         collate = PairCollator(self._collator()).side
         for batch in self._loader(Subset(forget, rows), self.args.per_device_eval_batch_size, collate):
             yield from single_batches(batch)
+
+
+class _PrepareReference(TrainerCallback):
+    def __init__(self, trainer: BLURTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.prepare_reference()
 
 
 def _check_reference(model: Any, reference: Any, forget_loss: Any, retain_loss: Any) -> None:

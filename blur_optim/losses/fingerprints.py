@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,12 @@ def example_keys(batch: Mapping[str, Tensor]) -> list[bytes]:
     read &= counted.flip(1).cumsum(1).flip(1) > 0
     contents = torch.stack([ids, labels.masked_fill(~counted, IGNORE_INDEX), attended], dim=-1)
     return [_key(row[kept]) for row, kept in zip(contents, read, strict=True)]
+
+
+def missing_keys(batch: Mapping[str, Tensor], known: Container[bytes]) -> dict[int, bytes]:
+    """Return the keys that are not known, by row; of rows with the same key the first."""
+    keys = example_keys(batch)
+    return {row: key for row, key in enumerate(keys) if key not in known and key not in keys[:row]}
 
 
 def _contents(batch: Mapping[str, Tensor]) -> list[Tensor]:

@@ -6,15 +6,25 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from blur_optim.losses.checks import import_optional
-from blur_optim.losses.fingerprints import example_keys, model_fingerprint
+from blur_optim.losses.fingerprints import example_keys, missing_keys, model_fingerprint
 from blur_optim.losses.log_prob_file import import_safetensors, read_log_probs, write_log_probs
 from blur_optim.losses.reference import MODEL_INPUTS, reference_log_probs
+from blur_optim.losses.reference_ranks import (
+    NO_BATCHES,
+    check_ranks,
+    complete_across_ranks,
+    input_device,
+    is_sharded,
+    on_the_first,
+    reshard,
+)
 
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -79,12 +89,17 @@ class ReferenceLogProbs:
         *,
         save_every: float = 30.0,
         progress: bool | Callable[[Batches], Batches] = True,
+        across_ranks: bool | None = None,
     ) -> ReferenceLogProbs:
         """Read the examples' log-probabilities from a file, compute those that it lacks, and write them to it.
 
         The file is written every so often, and at the end, also if that is an exception or Ctrl-C: the next call
         goes on from there. It is replaced as a whole, so it is never half-written. What it holds of other examples
         stays. The model's modes, its ``requires_grad`` and the random state are as before.
+
+        ``across_ranks``, all ranks call it, each with the batches that it is to compute, at least one, and each gets
+        all log-probabilities. Rank 0 alone reads and writes the file, every so often and at the end; an exception on
+        one rank, but in the model itself, is one on all.
 
         Args:
             path: a safetensors file, which need not exist; nor need its folder.
@@ -93,9 +108,12 @@ class ReferenceLogProbs:
                 in any order; an example that occurs more than once is computed once.
             save_every: seconds; not more than these and one batch of work are lost if the process is killed.
             progress: whether to show a tqdm bar; or what wraps the iterable instead of tqdm.
+            across_ranks: whether the ranks of torch.distributed share the work, as they have to where the model is
+                sharded over them (FSDP). Unless given: if the model is sharded.
         Raises:
-            ValueError: there are no batches; the file holds another model's log-probabilities or is of another
-                kind; or a log-probability isn't finite.
+            RuntimeError: another rank has failed; says which, and what it said.
+            ValueError: there are no batches, or no process group; the file holds another model's log-probabilities or
+                is of another kind; or a log-probability isn't finite.
             ImportError: safetensors, numpy or tqdm isn't installed; gives the command.
             OSError: the file can't be read or written.
         """
@@ -105,14 +123,17 @@ class ReferenceLogProbs:
         batches = _with_progress(batches, progress)
         path = Path(path)
         stored = cls(model_fingerprint(model), {})
-        if path.exists():
-            stored._take(
-                path,
-                "If `model` was trained since, read the file with ReferenceLogProbs.load. For another "
-                "reference give another path, or delete the file.",
+        if is_sharded(model) if across_ranks is None else across_ranks:
+            check_ranks()
+            stored._log_probs = on_the_first(lambda: stored._open(path))
+            compute = partial(_compute, model)
+            stored.computed = complete_across_ranks(
+                stored._log_probs, batches, compute, lambda: stored.save(path), save_every
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stored._complete(path, model, batches, save_every)
+            reshard(model)
+        else:
+            stored._open(path)
+            stored._complete(path, model, batches, save_every)
         return stored
 
     @classmethod
@@ -151,11 +172,23 @@ class ReferenceLogProbs:
             )
         self._log_probs |= log_probs
 
+    def _open(self, path: Path) -> dict[bytes, float]:
+        if path.exists():
+            self._take(
+                path,
+                "If `model` was trained since, read the file with ReferenceLogProbs.load. For another "
+                "reference give another path, or delete the file.",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return self._log_probs
+
     def _complete(self, path: Path, model: nn.Module, batches: Batches, save_every: float) -> None:
         position, saved, saved_at = -1, 0, time.monotonic()
         try:
             for position, batch in enumerate(batches):
-                self._add(model, batch, position)
+                if keys := missing_keys(batch, self._log_probs):
+                    self._log_probs |= _compute(model, batch, keys, position)
+                    self.computed += len(keys)
                 if self.computed > saved and time.monotonic() - saved_at >= save_every:
                     self.save(path)
                     saved, saved_at = self.computed, time.monotonic()
@@ -163,28 +196,26 @@ class ReferenceLogProbs:
             if self.computed > saved:
                 self.save(path)
         if position < 0:
-            raise ValueError("`batches` must yield at least one batch, got none. Is it an exhausted iterator?")
+            raise ValueError(NO_BATCHES)
 
-    def _add(self, model: nn.Module, batch: Mapping[str, Tensor], position: int) -> None:
-        keys = example_keys(batch)
-        rows = [row for row, key in enumerate(keys) if key not in self._log_probs and key not in keys[:row]]
-        if not rows:
-            return
-        log_probs = reference_log_probs(model, _rows_for(model, batch, rows)).tolist()
-        for row, value in zip(rows, log_probs, strict=True):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"`model` must give every example a finite log-probability, got {value} for row {row} of "
-                    f"batches[{position}]."
-                )
-        self._log_probs.update((keys[row], value) for row, value in zip(rows, log_probs, strict=True))
-        self.computed += len(rows)
+
+def _compute(
+    model: nn.Module, batch: Mapping[str, Tensor], keys: Mapping[int, bytes], position: int
+) -> dict[bytes, float]:
+    log_probs = reference_log_probs(model, _rows_for(model, batch, list(keys))).tolist()
+    for row, value in zip(keys, log_probs, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"`model` must give every example a finite log-probability, got {value} for row {row} of "
+                f"batches[{position}]."
+            )
+    return dict(zip(keys.values(), log_probs, strict=True))
 
 
 def _rows_for(model: nn.Module, batch: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
     """Return some rows of what the reference reads, on the model's device."""
     size = len(batch["labels"])
-    device = next((param.device for param in model.parameters()), batch["labels"].device)
+    device = next((input_device(param) for param in model.parameters()), batch["labels"].device)
     inputs = {name: batch[name] for name in (*MODEL_INPUTS, "labels") if name in batch}
     if len(rows) < size:  # A whole batch stays as it is, so that its numbers are those of reference_log_probs.
         inputs = {name: tensor.expand(size, -1)[rows] for name, tensor in inputs.items()}

@@ -1,4 +1,4 @@
-"""BLURTrainer and BLURModule in two processes (DDP, gloo)."""
+"""BLURTrainer and BLURModule in two processes (DDP and FSDP2, gloo)."""
 
 import json
 import os
@@ -17,11 +17,11 @@ HERE = Path(__file__).parent
 FORGET, RETAIN = rows(5, 1), rows(16, 2)
 
 
-def launch(command, script, folder):
+def launch(command, script, folder, *arguments):
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(HERE / script), str(folder)],
+        [sys.executable, "-m", *command, str(HERE / script), str(folder), *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -36,13 +36,14 @@ def assert_trained_as(expected, folder):
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
-def test_trainer(tmp_path):
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_trainer(tmp_path, way):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     # Under --cpu it starts several processes with MPI only. This is its launcher for GPUs; the script asks for the CPU.
     command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     # Port 0 lets the launcher find a free one.
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch(command, "trainer_ddp_script.py", tmp_path)
+    launch(command, "trainer_script.py", tmp_path, way)
 
     # Batches go to the processes in turn: two micro-batches of two processes are the four of one.
     expected = tiny_llama()
@@ -50,9 +51,9 @@ def test_trainer(tmp_path):
     assert_trained_as(expected, tmp_path)
     logs = json.loads((tmp_path / "logs.json").read_text())
     assert logs[-2]["blur_cosine"] == pytest.approx(float(statistics.cosine), rel=1e-3)
-    # The reference was computed in two parts and read by both.
+    # The reference was computed by both, each a part, and stands in one file.
     assert json.loads((tmp_path / "stored.json").read_text()) == len(FORGET)
-    assert (tmp_path / "reference.safetensors").exists()
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["reference.safetensors"]
 
 
 def test_lightning(tmp_path):

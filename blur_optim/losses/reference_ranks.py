@@ -1,0 +1,168 @@
+"""What ranks need that compute the reference's log-probabilities together, each for batches of its own.
+
+A sharded model runs on every rank or on none, for each forward gathers the shards of all. So the ranks agree before
+each batch, and one that has no more of its own runs an old one again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from blur_optim.distributed import is_dtensor
+from blur_optim.losses.fingerprints import missing_keys
+from blur_optim.wrappers import fsdp1_ids
+
+NO_BATCHES = "`batches` must yield at least one batch, got none. Is it an exhausted iterator?"
+
+Batch = Mapping[str, Tensor]
+T = TypeVar("T")
+
+
+class Turn(NamedTuple):
+    """What a rank tells the others before the next forward.
+
+    Attributes:
+        busy: it has a batch to compute.
+        due: it is time to write the file.
+        error: what has gone wrong on it.
+    """
+
+    busy: bool
+    due: bool
+    error: str | None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's parameters lie in pieces on several ranks: FSDP2, tensor parallelism, FSDP1."""
+    params = list(model.parameters())
+    return any(map(is_dtensor, params)) or bool(fsdp1_ids(params))
+
+
+def check_ranks() -> None:
+    """Raises ValueError where there are no ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "`across_ranks` must be False without a process group, got True. Call "
+            "torch.distributed.init_process_group() first, or leave it out."
+        )
+
+
+def complete_across_ranks(
+    known: dict[bytes, float],
+    batches: Iterable[Batch],
+    compute: Callable[[Batch, Mapping[int, bytes], int], dict[bytes, float]],
+    save: Callable[[], None],
+    save_every: float,
+) -> int:
+    """Add to ``known``, which is the same on all ranks, what the batches of all of them hold.
+
+    Args:
+        known: log-probabilities by example key; on return again the same on all ranks.
+        batches: those of this rank.
+        compute: the log-probabilities of some rows of a batch, from the keys by row and the batch's number. Involves
+            all ranks, if the model is sharded.
+        save: writes what is known; called on rank 0.
+        save_every: seconds.
+    Returns:
+        How many were added.
+    Raises:
+        ValueError, RuntimeError: see :meth:`blur_optim.losses.ReferenceLogProbs.load_or_compute`.
+    """
+    before, saved_at = len(known), time.monotonic()
+    work = _Work(batches)
+    new: dict[bytes, float] = {}  # Not given to the others yet.
+    while True:
+        batch, keys, position = work.next(known)
+        due = bool(new) and time.monotonic() - saved_at >= save_every
+        turns = exchange(Turn(bool(keys), due, _text(work.error)))
+        raise_together(work.error, [turn.error for turn in turns])
+        goes_on = any(turn.busy for turn in turns)
+        if not goes_on or any(turn.due for turn in turns):
+            for part in exchange(new):
+                known |= part
+            new, saved_at = {}, time.monotonic()
+            if len(known) > before:
+                on_the_first(save)
+        if not goes_on:
+            return len(known) - before
+        try:
+            computed = compute(batch, keys or {0: b""}, position)
+            new |= computed if keys else {}
+            known |= new
+        except ValueError as error:  # Of the values: the forward itself has run on all ranks.
+            work.error = error
+
+
+class _Work:
+    """The batches of a rank one by one, as far as something of them is missing; then the first one again."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = enumerate(batches)
+        self.first: Batch | None = None
+        self.error: Exception | None = None
+
+    def next(self, known: Container[bytes]) -> tuple[Batch, dict[int, bytes], int]:
+        """A batch, the keys that are missing, and its number; no keys where nothing is left."""
+        try:
+            for position, batch in self.batches if self.error is None else ():
+                self.first = batch if self.first is None else self.first
+                if keys := missing_keys(batch, known):
+                    return batch, keys, position
+            if self.first is None:
+                raise ValueError(NO_BATCHES)
+        except Exception as error:
+            self.error = self.error or error
+        return self.first or {}, {}, 0
+
+
+def exchange(mine: T) -> list[T]:
+    """Give every rank what each has, by rank: any object that can be pickled."""
+    all_of_them: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_of_them, mine)
+    return all_of_them
+
+
+def raise_together(error: Exception | None, errors: Iterable[str | None]) -> None:
+    """Raise on every rank where one has failed: its own error there, and what it says on the others."""
+    if error is not None:
+        raise error
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise RuntimeError(f"Rank {rank} could not go on: {text}")
+
+
+def on_the_first(read: Callable[[], T]) -> T:
+    """Call ``read`` on rank 0, and return what it gives, or raise what it raises, on every rank."""
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = read()
+        except Exception as problem:
+            error = problem
+    result, text = exchange((result, _text(error)))[0]
+    raise_together(error, [text])
+    return result  # type: ignore[return-value]
+
+
+def _text(error: Exception | None) -> str | None:
+    return None if error is None else str(error)
+
+
+def input_device(param: Tensor) -> torch.device:
+    """Where a model with this parameter computes: of an offloaded shard it is not where the shard lies."""
+    return torch.device(param.device_mesh.device_type) if is_dtensor(param) else param.device
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop what it has gathered for a backward pass that will not come."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
