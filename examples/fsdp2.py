@@ -115,7 +115,7 @@ def make_reference(
     if resumes:
         return reference.read_stored(path)
     show = partial(progress, title="reference")
-    return reference.compute_and_store(path, options.model, model, forget, options.micro_batch, device, show)
+    return reference.compute_and_store(path, model, forget, options.micro_batch, device, show)
 
 
 def check(options: argparse.Namespace, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -30,12 +30,12 @@ class Turn(NamedTuple):
     Attributes:
         busy: it has a batch to compute.
         due: it is time to write the file.
-        error: what has gone wrong on it.
+        error: what has gone wrong on it, in a form for others.
     """
 
     busy: bool
     due: bool
-    error: str | None
+    error: Exception | None
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -80,7 +80,7 @@ def complete_across_ranks(
     while True:
         batch, keys, position = work.next(known)
         due = bool(new) and time.monotonic() - saved_at >= save_every
-        turns = exchange(Turn(bool(keys), due, _text(work.error)))
+        turns = exchange(Turn(bool(keys), due, _for_others(work.error)))
         raise_together(work.error, [turn.error for turn in turns])
         goes_on = any(turn.busy for turn in turns)
         if not goes_on or any(turn.due for turn in turns):
@@ -128,13 +128,17 @@ def exchange(mine: T) -> list[T]:
     return all_of_them
 
 
-def raise_together(error: Exception | None, errors: Iterable[str | None]) -> None:
-    """Raise on every rank where one has failed: its own error there, and what it says on the others."""
-    if error is not None:
-        raise error
-    for rank, text in enumerate(errors):
-        if text is not None:
-            raise RuntimeError(f"Rank {rank} could not go on: {text}")
+def raise_together(mine: Exception | None, everyones: Iterable[Exception | None]) -> None:
+    """Raise on every rank where one has failed: its own error there, and the first in a form for others elsewhere."""
+    for error in (mine, *everyones):
+        if error is not None:
+            raise error
+
+
+def _for_others(error: Exception | None) -> Exception | None:
+    # Not the error itself, which may be of a class that pickle does not bring back.
+    kind = ValueError if isinstance(error, ValueError) else RuntimeError
+    return None if error is None else kind(f"Rank {dist.get_rank()} could not go on: {error}")
 
 
 def on_the_first(read: Callable[[], T]) -> T:
@@ -145,13 +149,9 @@ def on_the_first(read: Callable[[], T]) -> T:
             result = read()
         except Exception as problem:
             error = problem
-    result, text = exchange((result, _text(error)))[0]
-    raise_together(error, [text])
+    result, problem_there = exchange((result, _for_others(error)))[0]
+    raise_together(error, [problem_there])
     return result  # type: ignore[return-value]
-
-
-def _text(error: Exception | None) -> str | None:
-    return None if error is None else str(error)
 
 
 def input_device(param: Tensor) -> torch.device:

@@ -111,7 +111,7 @@ class ReferenceLogProbs:
             across_ranks: whether the ranks of torch.distributed share the work, as they have to where the model is
                 sharded over them (FSDP). Unless given: if the model is sharded.
         Raises:
-            RuntimeError: another rank has failed; says which, and what it said.
+            RuntimeError: another rank has failed in another way than these; says which, and what it said.
             ValueError: there are no batches, or no process group; the file holds another model's log-probabilities or
                 is of another kind; or a log-probability isn't finite.
             ImportError: safetensors, numpy or tqdm isn't installed; gives the command.

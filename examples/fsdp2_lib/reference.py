@@ -1,17 +1,14 @@
 """What NPO compares with: log-probabilities that all processes computed together, or a second sharded model."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from shared_lib.errors import InputError
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from blur_optim.losses import ReferenceLogProbs, reference_log_probs
-from blur_optim.losses.fingerprints import example_keys
 
 from .data import Batch, Example, collate
 from .losses import Reference
@@ -21,7 +18,6 @@ FILE_NAME = "reference_log_probs.safetensors"
 
 def compute_and_store(
     path: Path,
-    name: str,
     model: PreTrainedModel,
     examples: Sequence[Example],
     size: int,
@@ -30,27 +26,15 @@ def compute_and_store(
 ) -> ReferenceLogProbs:
     """Compute the log-probability of every example, each process some, and write all to one file.
 
-    Every process takes the same number of forward passes, since each of them gathers the shards of all.
+    Raises:
+        InputError: the file is another model's, or damaged, or the model gives an example no finite log-probability.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine: dict[bytes, float] = {}
-    for turn in progress(range(math.ceil(len(examples) / (size * ranks)))):
-        first = (turn * ranks + rank) * size
-        rows = [row if row < len(examples) else 0 for row in range(first, first + size)]
-        batch = collate([examples[row] for row in rows], device)
-        mine.update(zip(example_keys(batch), reference_log_probs(model, batch).tolist(), strict=True))
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # What stays gathered for a backward pass would stay: none follows.
-    parts: list[dict[bytes, float]] = [{}] * ranks
-    dist.all_gather_object(parts, mine)
-    log_probs = {key: value for part in parts for key, value in part.items()}
-    if not all(map(math.isfinite, log_probs.values())):
-        raise InputError(f"--model: {name} must give every example to forget a finite log-probability, but does not.")
-    reference = ReferenceLogProbs(name, log_probs)
-    if rank == 0:
-        reference.save(path)
-    return reference
+    mine = examples[dist.get_rank() :: dist.get_world_size()] or examples[:1]  # Each process needs at least one.
+    batches = (collate(mine[i : i + size], device) for i in progress(range(0, len(mine), size)))
+    try:
+        return ReferenceLogProbs.load_or_compute(path, model, batches, progress=False)
+    except ValueError as error:
+        raise InputError(f"--model or --out: {error}") from error
 
 
 def read_stored(path: Path) -> ReferenceLogProbs:

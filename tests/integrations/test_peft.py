@@ -6,26 +6,12 @@ import pytest
 import torch
 from hand_written import train
 from test_transformers import FORGET, RETAIN, assert_same, trainer
-from tiny import collate, tiny_llama
+from tiny import collate, tiny_llama, tiny_lora
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 # peft 0.21 reads the older of two names that transformers 5.23 has for it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def with_adapter(seed=0):
-    model = tiny_llama(seed)
-    torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
-    )
-    adapted = peft.get_peft_model(model, config)
-    with torch.no_grad():  # B starts at zero, which would make the gradient of A zero too.
-        for name, p in adapted.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.02)
-    return adapted
 
 
 def frozen_parameters(model):
@@ -38,7 +24,7 @@ def frozen_parameters(model):
     ids=["stored", "adapter off", "kl"],
 )
 def test_only_the_adapter_is_trained(tmp_path, losses, reference):
-    model, expected = with_adapter(), with_adapter()
+    model, expected = tiny_lora(), tiny_lora()
     before = frozen_parameters(model)
     made = trainer(
         tmp_path, model, forget_loss=losses[0], retain_loss=losses[1], max_grad_norm=0.1, more={"reference": reference}
@@ -55,7 +41,7 @@ def test_only_the_adapter_is_trained(tmp_path, losses, reference):
 def test_merged_and_saved(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    made = trainer(tmp_path, with_adapter())
+    made = trainer(tmp_path, tiny_lora())
     made.train()
     batch = collate(FORGET)
     made.save_model(str(tmp_path / "adapter"))
@@ -71,19 +57,19 @@ def test_merged_and_saved(tmp_path):
 
 
 def test_with_gradient_checkpointing(tmp_path):
-    plain = trainer(tmp_path, with_adapter())
+    plain = trainer(tmp_path, tiny_lora())
     plain.train()
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(plain.args, n))
-    saving = trainer(tmp_path, with_adapter(), **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
+    saving = trainer(tmp_path, tiny_lora(), **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
     saving.train()
     assert_same(saving.model, plain.model)
 
 
 def test_resumes(tmp_path):
-    through = trainer(tmp_path / "through", with_adapter())
+    through = trainer(tmp_path / "through", tiny_lora())
     through.train()
-    trainer(tmp_path / "parts", with_adapter(), save_strategy="steps", save_steps=2).train()
-    again = trainer(tmp_path / "parts", with_adapter(), save_strategy="steps", save_steps=2)
+    trainer(tmp_path / "parts", tiny_lora(), save_strategy="steps", save_steps=2).train()
+    again = trainer(tmp_path / "parts", tiny_lora(), save_strategy="steps", save_steps=2)
     again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
     assert_same(again.model, through.model)
 
@@ -102,7 +88,7 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 def test_a_base_of_integers(tmp_path):
-    model = with_adapter()
+    model = tiny_lora()
     for module in model.modules():
         if hasattr(module, "base_layer"):
             module.base_layer = QuantizedLinear(module.base_layer)
@@ -116,7 +102,7 @@ def test_a_base_of_integers(tmp_path):
 
 def test_four_bits_on_a_cpu_are_refused(tmp_path):
     """bitsandbytes 0.50 repacks such layers for inference in eval mode, and backward passes them by in silence."""
-    model = with_adapter()
+    model = tiny_lora()
     model.get_base_model().is_loaded_in_4bit = True
     with pytest.raises(ValueError, match=r"must not have bitsandbytes' 4-bit layers on a CPU"):
         trainer(tmp_path, model)

@@ -15,6 +15,23 @@ def tiny_llama(seed=0, **config):
     )
 
 
+def tiny_lora(seed=0):
+    """The same with a LoRA adapter that is not zero, so that all of it has a gradient from the first step."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama(seed)
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():  # B starts at zero, which would make the gradient of A zero too.
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    return adapted
+
+
 def rows(count, seed):
     """Rows as a tokenized data set has them: lists of different lengths, the prompt's labels -100."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """What two processes run under ``accelerate launch``, for DDP or FSDP2; the first saves what came out."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,14 +9,14 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from tiny import collate, rows, tiny_llama
+from tiny import collate, rows, tiny_llama, tiny_lora
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from blur_optim.integrations.transformers import BLURTrainer, BLURTrainingArguments
 
 FSDP = {
-    "fsdp_version": 2,
+    "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
     "state_dict_type": "SHARDED_STATE_DICT",
@@ -32,9 +33,10 @@ def let_fsdp_run_on_a_cpu():
             state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     PartialState.__init__ = pretend
+    os.environ["FSDP_VERSION"] = "2"  # transformers 4.57 takes it from accelerate's launcher alone.
 
 
-def make_trainer(folder, **options):
+def make_trainer(folder, model, **options):
     args = BLURTrainingArguments(
         str(folder),
         per_device_train_batch_size=2,
@@ -50,11 +52,16 @@ def make_trainer(folder, **options):
         disable_tqdm=True,
         **{"save_strategy": "no", **options},
     )
-    return BLURTrainer(tiny_llama(), args, collate, forget_dataset=rows(5, 1), retain_dataset=rows(16, 2))
+    return BLURTrainer(model, args, collate, forget_dataset=rows(5, 1), retain_dataset=rows(16, 2))
 
 
 def whole(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def save(weights, path):
+    if dist.get_rank() == 0:
+        torch.save(weights, path)
 
 
 def main(folder, way):
@@ -64,25 +71,28 @@ def main(folder, way):
         let_fsdp_run_on_a_cpu()
         options = {"fsdp": True, "fsdp_config": FSDP, "save_strategy": "steps", "save_steps": 2}
         options |= {"record": str(folder / "run.jsonl"), "record_alignment": True}
-    trainer = make_trainer(folder, **options)
+    trainer = make_trainer(folder, tiny_llama(), **options)
     trainer.train()
     assert trainer.args.world_size == 2
     weights = whole(trainer.model)
     if way == "fsdp":
         assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
-        again = make_trainer(folder, **options)
+        again = make_trainer(folder, tiny_llama(), **options)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
         assert again.state.global_step == 3
         assert again.reference_log_probs.computed == 0
         for p, q in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
             assert torch.equal(p.to_local(), q.to_local())
+        adapted = make_trainer(folder / "lora", tiny_lora(), retain_loss="kl", fsdp=True, fsdp_config=FSDP)
+        adapted.train()
+        save(whole(adapted.model), folder / "lora.pt")
     else:
         copies = [torch.empty(2) for _ in range(2)]
         mine = torch.stack([sum(p.double().sum() for p in trainer.model.parameters()).float(), torch.tensor(1.0)])
         dist.all_gather(copies, mine)
         assert torch.equal(copies[0], copies[1]), "the replicas have drifted"
+    save(weights, folder / "model.pt")
     if trainer.is_world_process_zero():
-        torch.save(weights, folder / "model.pt")
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
         (folder / "stored.json").write_text(json.dumps(len(trainer.reference_log_probs)))
     dist.barrier()  # gloo aborts a rank that is still at work when another leaves.
