@@ -1,7 +1,7 @@
 """BLUR as a method of open-unlearning (https://github.com/locuslab/open-unlearning): one import, one YAML file.
 
-Importing this registers the handler ``BLUR``. It is tested against a stand-in of that project's trainer interface, not
-against the project itself.
+Importing this registers the handler ``BLUR``. The tests use a stand-in of that project's trainers; docs/integrations.md
+says what else was run.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def make_trainer(base: type) -> type:
                 ``beta``'s product there.
             rule, normalize, scope, stash, backend: BLUR's, see :class:`blur_optim.BLUR`.
             module_regex, trainable_params_regex, steering_coeff: RMU's layer, what is trained, the norm of its vector.
+                Gradient checkpointing is not reentrant with RMU, whatever its arguments say.
 
         Raises:
             ValueError: there is no loss of that name, or the Trainer is set up in a way that BLUR refuses.
@@ -89,6 +90,7 @@ def make_trainer(base: type) -> type:
                 )
                 forget, retain = losses
                 _freeze_others(self.model, list(trainable_params_regex))
+                _checkpoint_without_reentry(self.args)
             else:
                 forget = _named_forget_loss(forget_loss, reference, beta, delta)
                 retain = None
@@ -154,6 +156,16 @@ def _freeze_others(model: nn.Module, patterns: Sequence[str]) -> None:
         found = found or fits
     if not found:
         raise ValueError(f"`trainable_params_regex` must fit the names of parameters, got none for {list(patterns)}.")
+
+
+def _checkpoint_without_reentry(args: Any) -> None:
+    """Let activation checkpointing leave gradients to what is captured inside a layer, and below it to nothing.
+
+    Its reentrant kind, transformers' default before 5, runs layers without gradients: RMU's losses would have none.
+    """
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # The older one is an alias since 5.
+    name = next(name for name in names if hasattr(args, name))
+    setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": False})
 
 
 def _translated(argument: str, name: str, names: dict[str, str]) -> str:

@@ -49,7 +49,7 @@ def collate_pairs(items):
     return {side: collate([item[side] for item in items]) for side in ("forget", "retain")}
 
 
-def load(registry, folder, model, pairs, changes, **options):
+def load(registry, folder, model, pairs, changes, more=None, **options):
     """As the project's ``load_trainer`` does, from the YAML file of the documentation."""
     (text,) = blocks("open-unlearning")
     config = yaml.safe_load(text)
@@ -73,6 +73,7 @@ def load(registry, folder, model, pairs, changes, **options):
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             **args,
+            **(more or {}),
         ),
         evaluators=None,
         template_args={},
@@ -104,17 +105,19 @@ def test_it_trains_as_the_loop_by_hand(registry, tmp_path, method, ours):
     assert "blur_cosine" in made.state.log_history[0]
 
 
+RMU = {
+    "forget_loss": "RMU",
+    "retain_loss_type": "EMBED_DIFF",
+    "module_regex": r"model\.layers\.0",
+    "trainable_params_regex": [r"model\.layers\.0\.mlp\.down_proj\.weight"],
+    "steering_coeff": 3.0,
+}
+
+
 def test_rmu(registry, tmp_path):
     model = tiny_llama()
-    method = {
-        "forget_loss": "RMU",
-        "retain_loss_type": "EMBED_DIFF",
-        "module_regex": r"model\.layers\.0",
-        "trainable_params_regex": [r"model\.layers\.0\.mlp\.down_proj\.weight"],
-        "steering_coeff": 3.0,
-    }
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    made = load(registry, tmp_path, model, PAIRS, method)
+    made = load(registry, tmp_path, model, PAIRS, RMU)
     made.train()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"model.layers.0.mlp.down_proj.weight"}
@@ -123,6 +126,17 @@ def test_rmu(registry, tmp_path):
     assert logs[0]["retain_loss"] == 0.0
     assert logs[0]["forget_loss"] == pytest.approx(9 / 16, rel=0.2)
     assert logs[3]["forget_loss"] < logs[0]["forget_loss"]
+
+
+def test_rmu_with_checkpointing(registry, tmp_path):
+    """The project's default. In its reentrant kind a layer runs without gradients, and so would what is captured."""
+    names = ("activation_checkpointing", "gradient_checkpointing")  # The older one is an alias since transformers 5.
+    name = next(name for name in names if name in transformers.TrainingArguments.__dataclass_fields__)
+    plain, checkpointed = tiny_llama(), tiny_llama()
+    load(registry, tmp_path, plain, PAIRS, RMU).train()
+    more = {name: True, f"{name}_kwargs": {"use_reentrant": True}}
+    load(registry, tmp_path, checkpointed, PAIRS, RMU, more).train()
+    assert_same(checkpointed, plain)
 
 
 def test_the_margin_of_simnpo_is_the_projects(registry, tmp_path):
