@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from blur_optim.optimizer import BLUR
+from blur_optim.recorder import Recorder
 
 try:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import Callback, LightningModule
 except ImportError as error:
     raise ImportError("`lightning` must be installed for BLURModule. `pip install 'blur_optim[lightning]'`.") from error
 
@@ -46,6 +48,9 @@ class BLURModule(LightningModule):
     automatic optimisation, and Lightning refuses them here: use ``LightningBLUR(max_grad_norm=...)`` and longer lists.
     """
 
+    #: Records each step; :class:`RecordCallback` sets it.
+    recorder: Recorder | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
@@ -59,7 +64,8 @@ class BLURModule(LightningModule):
         raise NotImplementedError("Define `retain_loss(self, batch)`.")
 
     def blur_step(self, forget: Sequence[Any], retain: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Run both phases, take one step, and log ``forget_loss``, ``retain_loss`` and ``blur_cosine``.
+        """Run both phases, take one step, log ``forget_loss``, ``retain_loss`` and ``blur_cosine``, and record the step
+        where there is a :class:`RecordCallback`.
 
         Learning-rate schedulers are yours to step, as always under manual optimisation.
 
@@ -70,12 +76,7 @@ class BLURModule(LightningModule):
         Raises:
             TypeError: ``configure_optimizers`` gave something else than one :class:`LightningBLUR`.
         """
-        optimizer: Any = self.optimizers()
-        blur = getattr(optimizer, "optimizer", None)
-        if not isinstance(blur, LightningBLUR):
-            raise TypeError(
-                f"`configure_optimizers` must give one LightningBLUR, got {type(blur or optimizer).__name__}."
-            )
+        optimizer, blur = self._optimizers()
         with blur.forget():
             forget_loss = self._run_phase(self.forget_loss, forget)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -86,7 +87,19 @@ class BLURModule(LightningModule):
         self.log_dict({"forget_loss": forget_loss, "retain_loss": retain_loss}, prog_bar=True)
         if blur.statistics is not None:
             self.log("blur_cosine", blur.statistics.cosine.float())
+        if self.recorder is not None:
+            self.recorder.record(step=self.trainer.global_step, forget_loss=forget_loss, retain_loss=retain_loss)
         return forget_loss, retain_loss
+
+    def _optimizers(self) -> tuple[Any, LightningBLUR]:
+        """The optimizer as Lightning has wrapped it, and the one inside."""
+        optimizer: Any = self.optimizers()
+        blur = getattr(optimizer, "optimizer", None)
+        if not isinstance(blur, LightningBLUR):
+            raise TypeError(
+                f"`configure_optimizers` must give one LightningBLUR, got {type(blur or optimizer).__name__}."
+            )
+        return optimizer, blur
 
     def _run_phase(self, compute: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
         batches = list(batches)
@@ -103,3 +116,38 @@ class BLURModule(LightningModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         context: AbstractContextManager[Any] = nullcontext() if block is None else block()
         return context
+
+
+class RecordCallback(Callback):
+    """Record what each ``blur_step`` saw: ``Trainer(callbacks=[RecordCallback("run.jsonl", alignment=True)])``.
+
+    Each line has the two losses, of the first process's micro-batches. A run that is resumed from a checkpoint goes on
+    in the file at the checkpoint's step.
+
+    Args:
+        path, **options: as :class:`blur_optim.recorder.Recorder` takes them.
+
+    Raises:
+        TypeError: when training begins, if the module is no :class:`BLURModule`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, **options: Any) -> None:
+        self.path, self.options = path, options
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not isinstance(pl_module, BLURModule):
+            raise TypeError(f"RecordCallback needs a BLURModule, got {type(pl_module).__name__}.")
+        options = {"model": pl_module, "step": trainer.global_step, **self.options}
+        pl_module.recorder = Recorder(self.path, pl_module._optimizers()[1], **options)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._close(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._close(pl_module)
+
+    @staticmethod
+    def _close(pl_module: Any) -> None:
+        recorder, pl_module.recorder = getattr(pl_module, "recorder", None), None
+        if recorder is not None:
+            recorder.close()

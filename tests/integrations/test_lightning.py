@@ -10,8 +10,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("lightning", reason="lightning is not installed")
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
-from blur_optim.integrations.lightning import BLURModule, LightningBLUR
+from blur_optim.integrations.lightning import BLURModule, LightningBLUR, RecordCallback
+from blur_optim.recorder import read_record
 
 FORGET, RETAIN = rows(6, 1), rows(8, 2)
 # Lightning recommends workers for the loader, and uses an older spelling of torch's pytrees.
@@ -102,3 +104,63 @@ def test_another_optimizer_is_refused(tmp_path):
 
     with pytest.raises(TypeError, match=r"`configure_optimizers` must give one LightningBLUR, got SGD"):
         fit(Wrong(tiny_llama()), tmp_path)
+
+
+def test_a_line_for_each_step(tmp_path):
+    class Scheduled(Unlearn):
+        def training_step(self, batch, index):
+            super().training_step(batch, index)
+            self.optimizers().param_groups[0]["lr"] *= 0.5
+
+    module, plain, path = Scheduled(tiny_llama()), Scheduled(tiny_llama()), tmp_path / "run.jsonl"
+    made = fit(module, tmp_path, callbacks=[RecordCallback(path, alignment=True)])
+    fit(plain, tmp_path)
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    record = read_record(path)
+    assert [line["step"] for line in record.steps] == [1, 2]
+    last = record.steps[-1]
+    for name in ("forget_loss", "retain_loss"):
+        assert last[name] == pytest.approx(made.callback_metrics[name].item(), rel=1e-6)
+    assert last["cosine"] == pytest.approx(made.callback_metrics["blur_cosine"].item(), rel=1e-6)
+    # The rate that the step was taken with, not the next one.
+    assert [line["lr"] for line in record.steps] == [1e-3, 5e-4]
+    assert set(record.metadata["parameters"]) == {name for name, _ in module.named_parameters()}
+    assert len(last["alignment"]["cosine"]) == len(record.metadata["parameters"])
+    assert module.recorder is None
+
+
+def test_a_record_goes_on_where_a_checkpoint_was_taken(tmp_path):
+    path, steps = tmp_path / "run.jsonl", two_steps()
+    made = fit(Unlearn(tiny_llama()), tmp_path, steps[:1], callbacks=[RecordCallback(path)])
+    made.save_checkpoint(tmp_path / "at-1.ckpt")
+    made.fit_loop.max_epochs = 2
+    made.fit(made.lightning_module, DataLoader(steps[1:], batch_size=None))
+    before = read_record(path).steps
+    again = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[RecordCallback(path)],
+    )
+    again.fit(Unlearn(tiny_llama()), DataLoader(steps[1:], batch_size=None), ckpt_path=tmp_path / "at-1.ckpt")
+    after = read_record(path).steps
+    assert [line["step"] for line in before] == [line["step"] for line in after] == [1, 2]
+    assert after[0] == before[0]
+    assert after[1]["time"] > before[1]["time"]
+
+
+def test_a_failed_run_closes_its_record(tmp_path):
+    class Failing(Unlearn):
+        def retain_loss(self, batch):
+            raise ZeroDivisionError
+
+    module = Failing(tiny_llama())
+    with pytest.raises(ZeroDivisionError):
+        fit(module, tmp_path, callbacks=[RecordCallback(tmp_path / "run.jsonl")])
+    assert module.recorder is None
+    with pytest.raises(TypeError, match=r"RecordCallback needs a BLURModule, got BoringModel"):
+        fit(BoringModel(), tmp_path, callbacks=[RecordCallback(tmp_path / "run.jsonl")])
