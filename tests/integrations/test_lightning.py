@@ -110,7 +110,8 @@ def test_a_line_for_each_step(tmp_path):
     class Scheduled(Unlearn):
         def training_step(self, batch, index):
             super().training_step(batch, index)
-            self.optimizers().param_groups[0]["lr"] *= 0.5
+            for group in self.optimizers().param_groups:
+                group["lr"] *= 0.5
 
     module, plain, path = Scheduled(tiny_llama()), Scheduled(tiny_llama()), tmp_path / "run.jsonl"
     made = fit(module, tmp_path, callbacks=[RecordCallback(path, alignment=True)])
