@@ -67,7 +67,7 @@ def check_sources(settings: Settings, folder: Path) -> None:
 def _files(path: Path) -> list[list[str]]:
     """List the files of a local source by name and content; nothing for a name on the hub."""
     found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
-    return [[file.name, _digest(file)] for file in found]
+    return [[str(file.relative_to(path if path.is_dir() else path.parent)), _digest(file)] for file in found]
 
 
 def _digest(path: Path) -> str:

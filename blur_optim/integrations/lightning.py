@@ -88,7 +88,7 @@ class BLURModule(LightningModule):
         if blur.statistics is not None:
             self.log("blur_cosine", blur.statistics.cosine.float())
         if self.recorder is not None:
-            self.recorder.record(step=self.trainer.global_step, forget_loss=forget_loss, retain_loss=retain_loss)
+            self.recorder.record(forget_loss=forget_loss, retain_loss=retain_loss)
         return forget_loss, retain_loss
 
     def _optimizers(self) -> tuple[Any, LightningBLUR]:
@@ -119,7 +119,9 @@ class BLURModule(LightningModule):
 
 
 class RecordCallback(Callback):
-    """Record what each ``blur_step`` saw: ``Trainer(callbacks=[RecordCallback("run.jsonl", alignment=True)])``.
+    """Record what each ``blur_step`` saw (in transformers' Trainer: ``integrations.record.RecordCallback``).
+
+    Example: ``Trainer(callbacks=[RecordCallback("run.jsonl", alignment=True)])``.
 
     Each line has the two losses, of the first process's micro-batches. A run that is resumed from a checkpoint goes on
     in the file at the checkpoint's step.
@@ -148,6 +150,6 @@ class RecordCallback(Callback):
 
     @staticmethod
     def _close(pl_module: Any) -> None:
-        recorder, pl_module.recorder = getattr(pl_module, "recorder", None), None
-        if recorder is not None:
-            recorder.close()
+        if isinstance(pl_module, BLURModule) and pl_module.recorder is not None:
+            pl_module.recorder.close()
+            pl_module.recorder = None

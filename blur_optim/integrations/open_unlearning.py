@@ -161,7 +161,8 @@ def _freeze_others(model: nn.Module, patterns: Sequence[str]) -> None:
 def _checkpoint_without_reentry(args: Any) -> None:
     """Let activation checkpointing leave gradients to what is captured inside a layer, and below it to nothing.
 
-    Its reentrant kind, transformers' default before 5, runs layers without gradients: RMU's losses would have none.
+    Its reentrant kind, transformers' default before 5, first runs layers without gradients: what RMU captures within a
+    layer would have none, nor, before 5, what it captures of a whole one.
     """
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # The older one is an alias since 5.
     name = next(name for name in names if hasattr(args, name))

@@ -24,6 +24,7 @@ from blur_optim.integrations.record import RecordCallback
 from blur_optim.integrations.trainer_step import BLURStepMixin, blur_options
 from blur_optim.losses import ReferenceLogProbs
 from blur_optim.losses.reference import adapter_owner
+from blur_optim.losses.reference_ranks import on_the_first
 from blur_optim.rules import UserRule
 
 try:
@@ -148,6 +149,8 @@ class BLURTrainer(BLURStepMixin, Trainer):
         chosen = forget_loss or args.forget_loss
         retain_loss = retain_loss or args.retain_loss
         self.reference_log_probs = reference if isinstance(reference, ReferenceLogProbs) else None
+        #: Makes a batch of pairs; a loader of one's own has to use it.
+        self.pair_collator = PairCollator(self._collator(), self.reference_log_probs)
         self._stores_reference = reference is None and compares_answers(chosen)
         _check_reference(self.model, reference, chosen, retain_loss)
         shared = self._reference(reference)
@@ -165,12 +168,12 @@ class BLURTrainer(BLURStepMixin, Trainer):
         """The loader of pairs."""
         self._pending = []  # An interrupted run may have left some.
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._collate_pairs = PairCollator(self._collator(), self.reference_log_probs)
+        self.pair_collator.collate = self._collator()  # Of the `data_collator` of now.
         loader: DataLoader[Any] = self.accelerator.prepare(
             self._loader(
                 self.train_dataset,
                 self._train_batch_size,
-                self._collate_pairs,
+                self.pair_collator,
                 # At the first step of an epoch the state counts whole ones, also where a run is resumed in the middle.
                 sampler=PairSampler(self.train_dataset, seed, lambda: int(self.state.epoch or 0)),
                 drop_last=self.args.dataloader_drop_last,
@@ -215,21 +218,31 @@ class BLURTrainer(BLURStepMixin, Trainer):
         """
         if self._stores_reference and self.reference_log_probs is None:
             self.reference_log_probs = self._load_reference() if self.state.global_step else self._compute_reference()
-        self._collate_pairs.reference = self.reference_log_probs
+        self.pair_collator.reference = self.reference_log_probs
 
     def _compute_reference(self) -> ReferenceLogProbs:
         rank, ranks = self.args.process_index, self.args.world_size
+        model = self.model_wrapped if getattr(self, "is_fsdp_enabled", False) else self.model
+        if getattr(model, "_tp_size", None) and ranks > 1:
+            raise ValueError(
+                "`reference` must be given for a tensor-parallel model, whose processes need the same batches. Compute "
+                "it before: ReferenceLogProbs.load_or_compute(file, model, batches), the same batches on all."
+            )
         # In the precision of training, or the first step would find a difference to the reference that is none.
         with self.accelerator.autocast():
             return ReferenceLogProbs.load_or_compute(
                 self.reference_path,
-                self.model_wrapped if getattr(self, "is_fsdp_enabled", False) else self.model,
+                model,
                 self._reference_batches(rank, ranks),
                 progress=self.is_world_process_zero() and not self.args.disable_tqdm,
-                across_ranks=ranks > 1,
+                across_ranks=ranks > 1 or None,
             )
 
     def _load_reference(self) -> ReferenceLogProbs:
+        # The first process has written it, perhaps where others can't read.
+        return on_the_first(self._read_reference) if self.args.world_size > 1 else self._read_reference()
+
+    def _read_reference(self) -> ReferenceLogProbs:
         path = self.reference_path
         if not path.exists():
             raise FileNotFoundError(
@@ -242,8 +255,9 @@ class BLURTrainer(BLURStepMixin, Trainer):
         forget = self.train_dataset.forget
         # With fewer rows than processes some have none of their own, and compute one twice.
         rows = range(rank, len(forget), ranks) or range(1)
-        collate = PairCollator(self._collator()).side
-        for batch in self._loader(Subset(forget, rows), self.args.per_device_eval_batch_size, collate):
+        # The lesser, so that a smaller batch in training (auto_find_batch_size) is one here too.
+        size = min(self.args.per_device_eval_batch_size, self._train_batch_size)
+        for batch in self._loader(Subset(forget, rows), size, self.pair_collator.side):
             yield from single_batches(batch)
 
 

@@ -1,13 +1,14 @@
 """What ranks need that compute the reference's log-probabilities together, each for batches of its own.
 
-A sharded model runs on every rank or on none, for each forward gathers the shards of all. So the ranks agree before
-each batch, and one that has no more of its own runs an old one again.
+Under FSDP the model runs on every rank or on none, for each forward gathers the shards of all. So the ranks agree
+before each batch, and one that has no more of its own runs an old one again.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -38,10 +39,20 @@ class Turn(NamedTuple):
     error: Exception | None
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's parameters lie in pieces on several ranks: FSDP2, tensor parallelism, FSDP1."""
-    params = list(model.parameters())
-    return any(map(is_dtensor, params)) or bool(fsdp1_ids(params))
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether a forward gathers the shards of all ranks, each of which may have a batch of its own: FSDP2, FSDP1.
+
+    Not under tensor parallelism alone, where ranks compute parts of the same batch.
+    """
+    return bool(_fsdp2_modules(model) or fsdp1_ids(model.parameters()))
+
+
+def _fsdp2_modules(model: nn.Module) -> list[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def check_ranks() -> None:
@@ -59,42 +70,47 @@ def complete_across_ranks(
     compute: Callable[[Batch, Mapping[int, bytes], int], dict[bytes, float]],
     save: Callable[[], None],
     save_every: float,
+    in_step: bool,
 ) -> int:
     """Add to ``known``, which is the same on all ranks, what the batches of all of them hold.
 
     Args:
         known: log-probabilities by example key; on return again the same on all ranks.
         batches: those of this rank.
-        compute: the log-probabilities of some rows of a batch, from the keys by row and the batch's number. Involves
-            all ranks, if the model is sharded.
+        compute: the log-probabilities of some rows of a batch, from the keys by row and the batch's number.
         save: writes what is known; called on rank 0.
         save_every: seconds.
+        in_step: whether ``compute`` involves all ranks.
     Returns:
         How many were added.
     Raises:
-        ValueError, RuntimeError: see :meth:`blur_optim.losses.ReferenceLogProbs.load_or_compute`.
+        Exception: see :meth:`blur_optim.losses.ReferenceLogProbs.load_or_compute`. What was computed is saved first.
     """
-    before, saved_at = len(known), time.monotonic()
+    before = saved = len(known)
+    saved_at = time.monotonic()
     work = _Work(batches)
     new: dict[bytes, float] = {}  # Not given to the others yet.
     while True:
         batch, keys, position = work.next(known)
         due = bool(new) and time.monotonic() - saved_at >= save_every
         turns = exchange(Turn(bool(keys), due, _for_others(work.error)))
-        raise_together(work.error, [turn.error for turn in turns])
-        goes_on = any(turn.busy for turn in turns)
+        errors = [turn.error for turn in turns if turn.error is not None]
+        goes_on = any(turn.busy for turn in turns) and not errors
         if not goes_on or any(turn.due for turn in turns):
             for part in exchange(new):
                 known |= part
-            new, saved_at = {}, time.monotonic()
-            if len(known) > before:
+            if len(known) > saved:
                 on_the_first(save)
+            new, saved, saved_at = {}, len(known), time.monotonic()
+        raise_together(work.error, errors)
         if not goes_on:
             return len(known) - before
         try:
-            computed = compute(batch, keys or {0: b""}, position)
-            new |= computed if keys else {}
-            known |= new
+            if keys:
+                new |= compute(batch, keys, position)
+                known |= new
+            elif in_step:
+                compute(batch, {0: b""}, position)
         except ValueError as error:  # Of the values: the forward itself has run on all ranks.
             work.error = error
 
@@ -103,22 +119,26 @@ class _Work:
     """The batches of a rank one by one, as far as something of them is missing; then the first one again."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches = enumerate(batches)
+        self.batches = _numbered(batches)
         self.first: Batch | None = None
         self.error: Exception | None = None
 
     def next(self, known: Container[bytes]) -> tuple[Batch, dict[int, bytes], int]:
-        """A batch, the keys that are missing, and its number; no keys where nothing is left."""
+        """A batch, the keys that are missing, and its number; no keys where nothing is left, or after an error."""
         try:
-            for position, batch in self.batches if self.error is None else ():
+            for position, batch in () if self.error else self.batches:
                 self.first = batch if self.first is None else self.first
                 if keys := missing_keys(batch, known):
                     return batch, keys, position
             if self.first is None:
                 raise ValueError(NO_BATCHES)
         except Exception as error:
-            self.error = self.error or error
+            self.error = error
         return self.first or {}, {}, 0
+
+
+def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    yield from enumerate(batches)  # Also what fails before the first batch fails in next().
 
 
 def exchange(mine: T) -> list[T]:
@@ -129,7 +149,7 @@ def exchange(mine: T) -> list[T]:
 
 
 def raise_together(mine: Exception | None, everyones: Iterable[Exception | None]) -> None:
-    """Raise on every rank where one has failed: its own error there, and the first in a form for others elsewhere."""
+    """Raise on every rank where one has failed: its own error there, and elsewhere the first one's for others."""
     for error in (mine, *everyones):
         if error is not None:
             raise error
@@ -137,8 +157,9 @@ def raise_together(mine: Exception | None, everyones: Iterable[Exception | None]
 
 def _for_others(error: Exception | None) -> Exception | None:
     # Not the error itself, which may be of a class that pickle does not bring back.
-    kind = ValueError if isinstance(error, ValueError) else RuntimeError
-    return None if error is None else kind(f"Rank {dist.get_rank()} could not go on: {error}")
+    kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+    text = f"Rank {dist.get_rank()} could not go on: {type(error).__name__}: {error}"
+    return None if error is None else kind(text)
 
 
 def on_the_first(read: Callable[[], T]) -> T:
@@ -155,14 +176,11 @@ def on_the_first(read: Callable[[], T]) -> T:
 
 
 def input_device(param: Tensor) -> torch.device:
-    """Where a model with this parameter computes: of an offloaded shard it is not where the shard lies."""
+    """Where a model with this parameter computes; of an offloaded shard it is not where the shard lies."""
     return torch.device(param.device_mesh.device_type) if is_dtensor(param) else param.device
 
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 drop what it has gathered for a backward pass that will not come."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _fsdp2_modules(model):
+        module.reshard()

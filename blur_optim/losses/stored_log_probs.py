@@ -21,7 +21,7 @@ from blur_optim.losses.reference_ranks import (
     check_ranks,
     complete_across_ranks,
     input_device,
-    is_sharded,
+    is_fsdp,
     on_the_first,
     reshard,
 )
@@ -97,9 +97,10 @@ class ReferenceLogProbs:
         goes on from there. It is replaced as a whole, so it is never half-written. What it holds of other examples
         stays. The model's modes, its ``requires_grad`` and the random state are as before.
 
-        ``across_ranks``, all ranks call it, each with the batches that it is to compute, at least one, and each gets
-        all log-probabilities. Rank 0 alone reads and writes the file, every so often and at the end; an exception on
-        one rank, but in the model itself, is one on all.
+        ``across_ranks``, all ranks call it, each with the batches that it is to compute, at least one (those of one
+        tensor-parallel group with the same), and each gets all log-probabilities. Rank 0 alone reads and writes the
+        file. An exception on one rank is one on all, once what is computed is written; but for one in the model itself,
+        and for Ctrl-C, which lose what was computed since the file was last written.
 
         Args:
             path: a safetensors file, which need not exist; nor need its folder.
@@ -108,10 +109,12 @@ class ReferenceLogProbs:
                 in any order; an example that occurs more than once is computed once.
             save_every: seconds; not more than these and one batch of work are lost if the process is killed.
             progress: whether to show a tqdm bar; or what wraps the iterable instead of tqdm.
-            across_ranks: whether the ranks of torch.distributed share the work, as they have to where the model is
-                sharded over them (FSDP). Unless given: if the model is sharded.
+            across_ranks: whether the ranks of torch.distributed share the work, as they have to under FSDP. Unless
+                given: if the model is under FSDP. With False, ranks that run one model together, such as those of a
+                tensor-parallel group, pass the same batches.
         Raises:
-            RuntimeError: another rank has failed in another way than these; says which, and what it said.
+            RuntimeError: another rank has failed, and not with a ValueError or OSError, which are the same here; says
+                which rank, and what it said.
             ValueError: there are no batches, or no process group; the file holds another model's log-probabilities or
                 is of another kind; or a log-probability isn't finite.
             ImportError: safetensors, numpy or tqdm isn't installed; gives the command.
@@ -123,17 +126,14 @@ class ReferenceLogProbs:
         batches = _with_progress(batches, progress)
         path = Path(path)
         stored = cls(model_fingerprint(model), {})
-        if is_sharded(model) if across_ranks is None else across_ranks:
-            check_ranks()
-            stored._log_probs = on_the_first(lambda: stored._open(path))
-            compute = partial(_compute, model)
-            stored.computed = complete_across_ranks(
-                stored._log_probs, batches, compute, lambda: stored.save(path), save_every
-            )
+        try:
+            if is_fsdp(model) if across_ranks is None else across_ranks:
+                stored._complete_across_ranks(path, model, batches, save_every)
+            else:
+                stored._open(path)
+                stored._complete(path, model, batches, save_every)
+        finally:
             reshard(model)
-        else:
-            stored._open(path)
-            stored._complete(path, model, batches, save_every)
         return stored
 
     @classmethod
@@ -197,6 +197,14 @@ class ReferenceLogProbs:
                 self.save(path)
         if position < 0:
             raise ValueError(NO_BATCHES)
+
+    def _complete_across_ranks(self, path: Path, model: nn.Module, batches: Batches, save_every: float) -> None:
+        check_ranks()
+        self._log_probs = on_the_first(lambda: self._open(path))
+        compute = partial(_compute, model)
+        self.computed = complete_across_ranks(
+            self._log_probs, batches, compute, lambda: self.save(path), save_every, in_step=is_fsdp(model)
+        )
 
 
 def _compute(

@@ -349,6 +349,12 @@ def test_results_of_files_that_have_changed_since_are_not_mixed_with_new_ones(
     run(settings, tmp_path / "cache")
     os.utime(files / "full.json", (1, 1))
     run(settings, tmp_path / "cache")  # The same content, as after another checkout: nothing to say.
+    changed = r"--cache: .* holds results from other files .* Delete it"
     (files / "full.json").write_text("[]")
-    with pytest.raises(InputError, match=r"--cache: .* holds results from other files .* Delete it"):
+    with pytest.raises(InputError, match=changed):
+        run(settings, tmp_path / "cache")
+    (files / "part").mkdir()
+    (files / "full.json").rename(files / "part" / "full.json")
+    (files / "part" / "full.json").write_text("{}")  # The name and content of before, at another place.
+    with pytest.raises(InputError, match=changed):
         run(settings, tmp_path / "cache")

@@ -1,5 +1,6 @@
 """Reference log-probabilities that ranks compute together: all that one process computes, on every rank."""
 
+import itertools
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from blur_optim.losses import ReferenceLogProbs, reference_log_probs
+from blur_optim.losses.reference_ranks import input_device
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -98,10 +102,31 @@ def test_what_is_in_the_file_is_not_computed_again():
 
 @pytest.mark.ranks(2)
 def test_a_replicated_model():
-    path = shared_path()
-    stored = compute(path, Model(), MINE[dist.get_rank()], across_ranks=True)
+    path, model = shared_path(), Model()
+    stored = compute(path, model, MINE[dist.get_rank()], across_ranks=True)
     assert_complete(stored, range(6))
     assert_complete(ReferenceLogProbs.load(path), range(6))
+    assert model.calls == (3, 1)[dist.get_rank()]  # Nobody waits for it, so it runs nothing twice.
+
+
+@pytest.mark.ranks(2)
+def test_an_example_in_several_batches_is_computed_once():
+    path, model = shared_path(), Model()
+    rows = [0, 1, 2, 0, 1, 0]
+    compute(path, model, rows, across_ranks=True)
+    assert model.calls == 2
+
+
+@pytest.mark.ranks(2)
+def test_a_tensor_parallel_group_passes_the_same_batches():
+    path, model = shared_path(), Model()
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"inner": RowwiseParallel(input_layouts=Replicate())})
+    rows = [0, 1, 2]
+    expected = reference_log_probs(Model(), make_batch(rows))
+    for options in ({}, {"across_ranks": True}):
+        stored = compute(path.with_name(f"{len(options)}-{dist.get_rank()}"), model, rows, **options)
+        torch.testing.assert_close(stored(make_batch(rows)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.ranks(2)
@@ -119,54 +144,112 @@ def test_the_file_is_written_every_so_often():
     assert sizes == expected
 
 
+@pytest.mark.ranks(2)
+def test_the_time_between_two_files():
+    """A clock that goes a second forward each time that it is read."""
+    path, model, written = shared_path(), shard(Model()), []
+    ticks = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blur_optim.losses.reference_ranks.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+        patch.setattr(ReferenceLogProbs, "save", lambda self, path: written.append(len(self)))
+        compute(path, model, range(8), size=1, save_every=3.0)
+    # It is read at the beginning, after each forward but the last, and after each writing: 3 s are 3 forwards.
+    assert written == ([3, 6, 8] if dist.get_rank() == 0 else [])
+
+
 def assert_raises_everywhere(own, others, call):
-    """The rank ``own[0]`` raises what it met, each other one says so, with a ValueError for a ValueError."""
+    """The rank ``own[0]`` raises what it met; each other one says so, by the same class if it is a usual one."""
     rank, expected, text = own
-    theirs = expected if expected is ValueError else RuntimeError
-    error = (expected, text) if dist.get_rank() == rank else (theirs, others)
+    theirs = expected if expected in (ValueError, OSError) else RuntimeError
+    error = (expected, text) if dist.get_rank() == rank else (theirs, f"Rank {rank} could not go on: {others}")
     with pytest.raises(error[0], match=error[1]):
         call()
     dist.barrier()  # Nobody is left behind in another collective.
 
 
 @pytest.mark.ranks(2)
-def test_errors_of_one_rank_are_everybodys():
-    path, model, rank = shared_path(), shard(Model()), dist.get_rank()
+def test_a_rank_without_batches():
+    path, model = shared_path(), shard(Model())
     text = "`batches` must yield at least one batch"
-    assert_raises_everywhere(
-        (1, ValueError, text),
-        f"Rank 1 could not go on: {text}",
-        lambda: compute(path, model, MINE[0] if rank == 0 else []),
-    )
+    mine = MINE[0] if dist.get_rank() == 0 else []
+    assert_raises_everywhere((1, ValueError, text), f"ValueError: {text}", lambda: compute(path, model, mine))
 
-    def failing(batches):
-        yield from list(batches)[:1]
-        if rank == 0:
-            raise OSError("the disk is gone")
 
-    call = lambda: compute(path, model, MINE[rank], progress=failing)  # noqa: E731
-    assert_raises_everywhere((0, OSError, "the disk is gone"), "Rank 0 could not go on: the disk is gone", call)
+class Failing:
+    """Batches of which one fails: ``at`` 0 before there is any."""
 
+    def __init__(self, batches, at, error):
+        self.batches, self.at, self.error = batches, at, error
+
+    def __iter__(self):
+        if self.at == 0:
+            raise self.error
+        return self._batches()
+
+    def _batches(self):
+        yield from list(self.batches)[: self.at]
+        raise self.error
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyError("text")], ids=["OSError", "KeyError"])
+def test_batches_that_fail_on_one_rank(at, error):
+    path, model = shared_path(), shard(Model())
+    progress = (lambda batches: Failing(batches, at, error)) if dist.get_rank() == 0 else False
+    call = lambda: compute(path, model, [0, 1, 2, 3] if dist.get_rank() else [4, 5, 6, 7], progress=progress)  # noqa: E731
+    text = str(error)
+    assert_raises_everywhere((0, type(error), text), f"{type(error).__name__}: {text}", call)
+    # What had been computed is kept, and the model is as it was.
+    assert path.exists() is (at == 1)
+    assert at == 0 or len(ReferenceLogProbs.load(path)) == 4
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_a_file_that_cannot_be_read():
+    path = shared_path()
     path.parent.mkdir(exist_ok=True)
     dist.barrier()
     path.write_bytes(b"something else")
     text = "`path` must name a file that ReferenceLogProbs can read"
-    call = lambda: compute(path, model, MINE[rank])  # noqa: E731
-    assert_raises_everywhere((0, ValueError, text), f"Rank 0 could not go on: {text}", call)
+    model = shard(Model())
+    call = lambda: compute(path, model, MINE[dist.get_rank()])  # noqa: E731
+    assert_raises_everywhere((0, ValueError, text), f"ValueError: {text}", call)
 
 
 @pytest.mark.ranks(2)
-def test_log_probabilities_that_are_not_finite():
-    path, model = shared_path(), Model()
+def test_a_file_that_cannot_be_written():
+    path, model = shared_path(), shard(Model())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blur_optim.losses.stored_log_probs.write_log_probs", raise_disk_full)
+        call = lambda: compute(path, model, MINE[dist.get_rank()])  # noqa: E731
+        assert_raises_everywhere((0, OSError, "disk full"), "OSError: disk full", call)
+
+
+def raise_disk_full(*args):
+    raise OSError("disk full")
+
+
+@pytest.mark.ranks(2)
+def test_a_log_probability_that_is_not_finite():
+    path, model, rank = shared_path(), Model(), dist.get_rank()
     with torch.no_grad():
-        model.embedding.weight[make_batch([5])["input_ids"][0, 0]] = float("nan")
-    mine = MINE[dist.get_rank()]
-    clean = [row for row in mine if torch.isfinite(reference_log_probs(model, make_batch([row]))).item()]
-    with pytest.raises(ValueError, match="finite log-probability, got nan"):
-        compute(path, shard(model), mine)
-    dist.barrier()
-    assert len(clean) < len(mine) or dist.get_rank() == 0
-    assert not path.exists()
+        model.embedding.weight[2] = float("nan")
+    ids = torch.full((1, 6), 1 + rank)  # Rank 1 alone reads it.
+    batches = [{"input_ids": ids, "labels": ids}]
+    shard(model)
+    call = lambda: ReferenceLogProbs.load_or_compute(path, model, batches, progress=False)  # noqa: E731
+    text = "`model` must give every example a finite log-probability"
+    assert_raises_everywhere((1, ValueError, text), f"ValueError: {text}", call)
+
+
+def test_where_an_offloaded_shard_is_computed():
+    shard = SimpleNamespace(device_mesh=SimpleNamespace(device_type="meta"), device=torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blur_optim.losses.reference_ranks.is_dtensor", lambda t: t is shard)
+        assert input_device(shard) == torch.device("meta")
+        assert input_device(torch.ones(1)) == torch.device("cpu")
 
 
 def test_without_ranks(tmp_path):

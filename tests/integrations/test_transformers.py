@@ -39,8 +39,8 @@ def arguments(folder, **changes):
     return BLURTrainingArguments(str(folder), **{**options, **changes})
 
 
-def trainer(folder, model=None, forget=FORGET, retain=RETAIN, *, more=None, **changes):
-    return BLURTrainer(
+def trainer(folder, model=None, forget=FORGET, retain=RETAIN, *, more=None, cls=BLURTrainer, **changes):
+    return cls(
         tiny_llama() if model is None else model,
         arguments(folder, **changes),
         collate,
@@ -195,6 +195,30 @@ def test_resuming_from_the_trained_model(tmp_path):
     (tmp_path / "reference.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"`reference_file` must be the file of the run that is resumed"):
         trainer(tmp_path, model).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("loss", ["npo", "simnpo"])
+def test_a_loader_of_ones_own(tmp_path, loss):
+    class Own(BLURTrainer):
+        def get_train_dataloader(self):
+            pairs = [self.train_dataset[i] for i in range(8)]
+            return torch.utils.data.DataLoader(pairs, batch_size=2, collate_fn=self.pair_collator)
+
+    made = trainer(tmp_path, forget_loss=loss, cls=Own)
+    made.train()
+    assert made.state.global_step == 4
+
+
+def test_a_batch_that_a_callback_reads_takes_nothing_from_training(tmp_path):
+    class Reader(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            next(iter(made.get_train_dataloader()))
+
+    made, plain = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    made.add_callback(Reader())
+    made.train()
+    plain.train()
+    assert_same(made.model, plain.model)
 
 
 def test_the_reference_is_computed_once(tmp_path):
