@@ -16,6 +16,10 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
     Raises:
         TypeError, ValueError: as :class:`blur_optim.BLUR` says.
     """
+    if isinstance(params, Optimizer):
+        raise TypeError(f"`params` must be parameters, got the optimizer {type(params).__name__}. Pass base=... alone.")
+    if isinstance(params, torch.nn.Module):
+        raise TypeError("`params` must be parameters, got a module. Pass model.parameters().")
     if isinstance(base, Optimizer):
         if kwargs:
             raise TypeError(
@@ -28,7 +32,12 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
         raise TypeError(f"`base` must be an optimizer class, factory or instance, got {base!r}.")
     if params is None:
         raise TypeError("`params` must be given, unless `base` is an optimizer instance.")
-    return base(params, **kwargs)
+    try:
+        return base(params, **kwargs)
+    except TypeError as error:
+        if "alpha" in kwargs and "alpha" in str(error):
+            raise TypeError(f"{error}. The paper's alpha is called `retain_weight` here.") from error
+        raise
 
 
 def check_base(base: object, own_names: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,21 @@ class Pair(NamedTuple):
         return self.retain.device
 
 
+def check_weight(name: str, value: Any) -> float:
+    """Return a gradient's weight as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative or not finite.
+    """
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    weight = float(value)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
+    return weight
+
+
 @dataclass
 class Rows:
     """The rows of the dots and of the coefficients: one per param group, or one per parameter.
@@ -65,8 +81,8 @@ class Rows:
             params = [p for p in group["params"] if takes_part(p)]
             first, count = len(rows.gammas), len(params) if per_parameter else 1
             rows.members += [(p, first + (i if per_parameter else 0), index) for i, p in enumerate(params)]
-            rows.gammas += [float(group["gamma"])] * count
-            rows.alphas += [float(group["retain_weight"])] * count
+            rows.gammas += [check_weight("gamma", group["gamma"])] * count
+            rows.alphas += [check_weight("retain_weight", group["retain_weight"])] * count
         return rows
 
     @property

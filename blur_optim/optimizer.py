@@ -1,7 +1,9 @@
 """BLUR: the torch.optim-style wrapper. Phases, closures and everything an Optimizer owes to its surroundings."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from blur_optim.base import check_base, make_base, step_base, supports_amp_scaling
 from blur_optim.distributed import Ranks
 from blur_optim.fused import fused_step, why_not_fused
-from blur_optim.gradients import PairedGradients, Rows, check_gradients, pair_gradients
+from blur_optim.gradients import PairedGradients, Rows, check_gradients, check_weight, pair_gradients
 from blur_optim.kernels import select_backend
 from blur_optim.phases import Phase, Phases
 from blur_optim.projection import Projection, Projector, blend_, project
@@ -67,6 +69,7 @@ class BLUR(Optimizer):
     _found_inf: Tensor | None
     _witness: tuple[Tensor, Tensor | None] | None
     _zeros: list[tuple[Tensor, int]]
+    _warned = False
     #: Take the dots of each parameter too, in the same pass, for ``statistics``; on all ranks or on none.
     record_alignment = False
 
@@ -86,12 +89,12 @@ class BLUR(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         # Optimizer.__init__ is not called: it would make param groups, state and hooks beside the base's.
-        _check_weight("gamma", gamma)
-        _check_weight("retain_weight", retain_weight)
+        check_weight("gamma", gamma)
+        check_weight("retain_weight", retain_weight)
         _check_choice("scope", scope, SCOPES)
         _check_choice("stash", stash, STASHES)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"`max_grad_norm` must be positive or None, got {max_grad_norm!r}.")
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
+            raise ValueError(f"`max_grad_norm` must be a positive number or None, got {max_grad_norm!r}.")
         _make_rule(rule, normalize)
         self.rule, self.normalize, self.scope = rule, normalize, scope
         self.max_grad_norm, self.stash, self.backend = max_grad_norm, stash, backend
@@ -122,7 +125,8 @@ class BLUR(Optimizer):
                 return the loss. Where one leaves no gradient and returns a differentiable loss, ``backward`` is called
                 for it. They run with gradients enabled, ``forget`` first. No gradient is left afterwards.
                 Without them: the step of the base optimizer on ``p.grad``, which holds the update after ``with
-                opt.forget()`` and ``with opt.retain()``.
+                opt.forget()`` and ``with opt.retain()``. With neither phase before it this is not BLUR but the base
+                optimizer alone, and warned of once.
             closure: None, the value by which checkpointing code and engines call every optimizer.
 
         Returns:
@@ -142,6 +146,7 @@ class BLUR(Optimizer):
             with self._abandoning_on_error():
                 self._phases.check_step()
                 self._check_is_update()
+                self._warn_if_no_phase()
                 self._base_step()
             return None
         self._drop_zeros()
@@ -263,7 +268,7 @@ class BLUR(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the base optimizer; ``gamma`` and ``retain_weight`` default as for the others."""
         for name in self._own_defaults.keys() & param_group.keys():
-            _check_weight(name, param_group[name])
+            check_weight(name, param_group[name])
         self.base.add_param_group(param_group)
         self._install_defaults()
 
@@ -427,6 +432,18 @@ class BLUR(Optimizer):
                 "collects gradients in buffers of its own, such as DeepSpeed, has put both phases into one."
             )
 
+    def _warn_if_no_phase(self) -> None:
+        # torch.distributed.checkpoint makes the state by such a step, with a rate of 0.
+        if self._phases.current is not Phase.IDLE or self._warned or not self._has_gradients():
+            return
+        if any(group.get("lr", 1.0) != 0 for group in self.param_groups):
+            self._warned = True
+            warnings.warn(
+                f"opt.step() had no phases before it: {type(self.base).__name__} stepped on what was in p.grad, not "
+                "BLUR. Give it two closures, or compute the gradients in `with opt.forget()` and `with opt.retain()`.",
+                stacklevel=4,
+            )
+
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""
         zeros = {id(grad) for grad, version in self._zeros if grad._version == version}
@@ -439,7 +456,7 @@ class BLUR(Optimizer):
         for name, value in self._own_defaults.items():
             self.base.defaults.setdefault(name, value)
             for group in self.param_groups:
-                _check_weight(name, group.setdefault(name, value))
+                check_weight(name, group.setdefault(name, value))
 
     def _begin(self) -> None:
         self._phases = Phases()
@@ -480,11 +497,6 @@ def _make_rule(rule: str | UserRule, normalize: bool) -> Rule:
     return on_unit_gradients(made) if normalize else made
 
 
-def _check_weight(name: str, value: Any) -> None:
-    if not 0 <= float(value) < float("inf"):
-        raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
-
-
 def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")

@@ -52,13 +52,14 @@ class StepStatistics:
 
     @property
     def cosine(self) -> Tensor:
-        r"""0-d: :math:`\langle g_r, g_f\rangle / (\|g_f\|\|g_r\|)`; 0 where a gradient is zero."""
+        r"""0-d: :math:`\langle g_r, g_f\rangle / (\|g_f\|\|g_r\|)`; 0 where a gradient is zero, NaN where one
+        is not finite."""
         norms = self.forget_norm * self.retain_norm
-        return torch.where(norms > 0, self.dot_retain_forget / norms, 0.0)
+        return torch.where(norms == 0, 0.0, self.dot_retain_forget / norms)
 
     @property
     def row_cosines(self) -> Tensor:
-        """``[rows]``: the cosine within each row; 0 where a gradient is zero."""
+        """``[rows]``: the cosine within each row; 0 where a gradient is zero, NaN where one is not finite."""
         return _cosines(self.dots)
 
     @property
@@ -98,4 +99,4 @@ def read_tensors(tensors: Mapping[str, Tensor]) -> dict[str, float | list[float]
 
 def _cosines(dots: Dots) -> Tensor:
     norms = dots.forget_norm_sq.sqrt() * dots.retain_norm_sq.sqrt()
-    return torch.where(norms > 0, dots.retain_forget / norms, 0.0)
+    return torch.where(norms == 0, 0.0, dots.retain_forget / norms)

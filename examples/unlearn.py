@@ -28,6 +28,7 @@ from typing import Any
 
 from rich.console import Console
 from shared_lib.console import make_console, make_progress
+from shared_lib.errors import InputError
 from shared_lib.models import Tokenizer, quiet_transformers
 from unlearn_lib import processes
 from unlearn_lib.card import make_card
@@ -171,6 +172,10 @@ def main() -> None:
         return
     try:
         results = unlearn(options, args, tokenizer, data, folder, console)
+    except InputError:
+        if processes.rank() == 0:
+            folder.release()
+        raise
     except KeyboardInterrupt:
         at = folder.checkpoint()
         where = f"goes on from {at.name}" if at else "begins anew, for there is no checkpoint yet"

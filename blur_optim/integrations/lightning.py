@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blur_optim.integrations.trainer_step import checked_loss
 from blur_optim.optimizer import BLUR
 from blur_optim.recorder import Recorder
 
@@ -70,18 +71,22 @@ class BLURModule(LightningModule):
         Learning-rate schedulers are yours to step, as always under manual optimisation.
 
         Args:
-            forget, retain: micro-batches, at least one of each.
+            forget, retain: lists of micro-batches, at least one in each.
         Returns:
             The two losses, 0-d, detached: means over micro-batches.
         Raises:
-            TypeError: ``configure_optimizers`` gave something else than one :class:`LightningBLUR`.
+            TypeError: ``configure_optimizers`` gave something else than one :class:`LightningBLUR`, or ``forget`` or
+                ``retain`` is a batch rather than a list of batches, or a loss is not a 0-d tensor.
+            ValueError: one of the lists is empty.
         """
         optimizer, blur = self._optimizers()
+        _check_batches("forget", forget)
+        _check_batches("retain", retain)
         with blur.forget():
-            forget_loss = self._run_phase(self.forget_loss, forget)
+            forget_loss = self._run_phase("forget", self.forget_loss, forget)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         with blur.retain(grad_scale=scaler):
-            retain_loss = self._run_phase(self.retain_loss, retain)
+            retain_loss = self._run_phase("retain", self.retain_loss, retain)
         optimizer.step()
         optimizer.zero_grad()
         self.log_dict({"forget_loss": forget_loss, "retain_loss": retain_loss}, prog_bar=True)
@@ -101,13 +106,12 @@ class BLURModule(LightningModule):
             )
         return optimizer, blur
 
-    def _run_phase(self, compute: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
-        batches = list(batches)
+    def _run_phase(self, name: str, compute: Callable[[Any], Tensor], batches: Sequence[Any]) -> Tensor:
         total = torch.zeros((), device=self.device)
         for position, batch in enumerate(batches, start=1):
             # Each phase has to end reduced over the processes.
             with self._no_sync() if position < len(batches) else nullcontext():
-                loss = compute(batch) / len(batches)
+                loss = checked_loss(f"{name}_loss", compute(batch)) / len(batches)
                 self.manual_backward(loss)
             total += loss.detach()
         return total
@@ -116,6 +120,13 @@ class BLURModule(LightningModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         context: AbstractContextManager[Any] = nullcontext() if block is None else block()
         return context
+
+
+def _check_batches(name: str, batches: Any) -> None:
+    if not isinstance(batches, list | tuple):
+        raise TypeError(f"`{name}` must be a list of batches, got {type(batches).__name__}. Wrap one batch: [batch].")
+    if not batches:
+        raise ValueError(f"`{name}` must hold at least one batch, got none.")
 
 
 class RecordCallback(Callback):

@@ -125,7 +125,7 @@ class BLURStepMixin:
             with self._no_sync(model) if position < len(batches) else nullcontext():
                 compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                    loss = compute(model, half).mean() / len(batches)
+                    loss = checked_loss(f"{side}_loss", compute(model, half)).mean() / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -162,14 +162,28 @@ def blur_options(
     """The arguments of BLUR in a Trainer, checked before a model is loaded onto a device.
 
     Raises:
-        ValueError: ``stash`` is ``"recompute"``.
+        ValueError, TypeError: a value is not one that BLUR takes, or ``stash`` is ``"recompute"``.
     """
     if stash == "recompute":
         raise ValueError(
             "`stash` must not be 'recompute' in a Trainer, whose step cannot be run a second time. Use 'int8' or 'cpu'."
         )
-    options = {"gamma": gamma, "retain_weight": retain_weight, "rule": rule, "normalize": normalize}
-    return {**options, "scope": scope, "stash": stash, "backend": backend}
+    options: dict[str, Any] = {"gamma": gamma, "retain_weight": retain_weight, "rule": rule, "normalize": normalize}
+    options |= {"scope": scope, "stash": stash}
+    BLUR([torch.zeros(1)], torch.optim.SGD, **options)  # To have them checked now; a backend depends on the device.
+    return {**options, "backend": backend}
+
+
+def checked_loss(name: str, loss: Any) -> Tensor:
+    """Return what a loss function returned, if it is a loss: 0-d, or [GPUs] under DataParallel.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() > 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"`{name}` must return the loss as a 0-d tensor, got {got}.")
+    return loss
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -46,6 +46,7 @@ class BLURTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: a value is out of range, or ``stash="recompute"``, which a Trainer's step does not allow.
+        TypeError: a value is of the wrong type.
     """
 
     forget_loss: str = field(
@@ -82,6 +83,12 @@ class BLURTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("forget_loss", "retain_loss"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(
+                    f"`{name}` must be a name in these arguments, which are saved with every checkpoint, got "
+                    f"{getattr(self, name)!r}. Pass a function to the trainer: BLURTrainer({name}=...)."
+                )
         self.blur_options()
 
     def blur_options(self) -> dict[str, Any]:
@@ -144,6 +151,8 @@ class BLURTrainer(BLURStepMixin, Trainer):
     ) -> None:
         if not isinstance(args, BLURTrainingArguments):
             raise TypeError(f"`args` must be BLURTrainingArguments, got {type(args).__name__}.")
+        if "train_dataset" in kwargs:
+            raise TypeError("`train_dataset` must not be given. Pass forget_dataset and retain_dataset.")
         pairs = PairedDataset(forget_dataset, retain_dataset, args.epoch_over)
         super().__init__(model, args, data_collator, train_dataset=pairs, **kwargs)
         chosen = forget_loss or args.forget_loss
@@ -274,6 +283,13 @@ def _check_reference(model: Any, reference: Any, forget_loss: Any, retain_loss: 
         raise ValueError(
             f"`reference` must be a model, ReferenceLogProbs, or 'adapter' with a PEFT model, got {reference!r} with a "
             f"{type(model).__name__}."
+        )
+    if isinstance(reference, nn.Module) and {id(p) for p in reference.parameters()} & {
+        id(p) for p in model.parameters()
+    }:
+        raise ValueError(
+            "`reference` must be another model than the one that is trained, got one that shares its parameters. Pass "
+            "copy.deepcopy(model), or 'adapter' with a PEFT model."
         )
     needs_model = retain_loss == "kl" and not isinstance(reference, nn.Module) and adapter_owner(model) is None
     if needs_model:

@@ -107,11 +107,14 @@ def read_json_lines(path: Path) -> Iterator[Record]:
 
 def _parse_json(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8-sig"))  # Some editors begin a file with a mark.
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: the line must be UTF-8 text, but byte {error.start} is not.") from error
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: the line must be one JSON object. {error.msg}, column {error.colno}.") from error
+        hint = " Write a row a line, without brackets around them." if line.strip().startswith(b"[") else ""
+        raise InputError(
+            f"{where}: the line must be one JSON object. {error.msg}, column {error.colno}.{hint}"
+        ) from error
 
 
 def parse_row(record: Record) -> Row:

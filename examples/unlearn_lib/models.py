@@ -15,6 +15,8 @@ from shared_lib.errors import InputError, is_path
 from shared_lib.models import Model, Tokenizer
 from transformers import AutoConfig, PretrainedConfig
 
+MAX_LENGTH = 512
+
 
 def load_tokenizer(options: argparse.Namespace) -> Tokenizer:
     """Load the model's tokenizer.
@@ -30,7 +32,7 @@ def load_tokenizer(options: argparse.Namespace) -> Tokenizer:
 
 
 def load_config(options: argparse.Namespace) -> PretrainedConfig:
-    """Load the model's configuration.
+    """Load the model's configuration, and set --max-length where it was not given.
 
     Raises:
         InputError: it can't be loaded, the model is quantized, or shorter than --max-length.
@@ -44,11 +46,12 @@ def load_config(options: argparse.Namespace) -> PretrainedConfig:
             f"--model: {options.model} must not be quantized, for its weights are trained and saved. Take the model "
             "that it was made from, or a GGUF file with --gguf-file, which is dequantised."
         )
-    limit = getattr(config, "max_position_embeddings", None) or options.max_length
-    if options.max_length > limit:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and options.max_length and options.max_length > limit:
         raise InputError(
             f"--max-length: must be at most {limit}, as many as the model reads, got {options.max_length}."
         )
+    options.max_length = options.max_length or min(MAX_LENGTH, limit or MAX_LENGTH)
     return config
 
 
@@ -128,8 +131,10 @@ def _loading(options: argparse.Namespace) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # The hub and each format of files have their own.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--model: {name} could not be loaded: {reason}{_gguf_hint(options)}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(lines[:3] if lines[0].endswith(":") else lines[:1])
+        hint = "" if Path(name).exists() else " There is no folder of that name here."
+        raise InputError(f"--model: {name} could not be loaded: {reason}{hint}{_gguf_hint(options)}") from error
 
 
 def _gguf_hint(options: argparse.Namespace) -> str:

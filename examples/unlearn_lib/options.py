@@ -99,9 +99,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length",
         type=whole(2),
-        default=512,
         metavar="N",
-        help="cut rows to N tokens, and say how many were cut (default: 512)",
+        help="cut rows to N tokens, and say how many were cut (default: 512, or what the model reads if that is less)",
     )
     group.add_argument(
         "--plain-questions",

@@ -65,6 +65,15 @@ class RunFolder:
             write_json(self.path / RUN, self.facts)
         self.training.mkdir(exist_ok=True)
 
+    def release(self) -> None:
+        """Give the folder up again, if no training has begun in it: the command may be given with other options."""
+        if self.log.exists() or self.is_finished or not (self.path / RUN).is_file():
+            return
+        shutil.rmtree(self.training, ignore_errors=True)
+        (self.path / RUN).unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def checkpoint(self) -> Path | None:
         """Return the last checkpoint that was written to its end."""
         found = [path for path in self.training.glob("checkpoint-*") if _is_whole(path)]

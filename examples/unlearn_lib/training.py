@@ -127,6 +127,8 @@ def explaining(options: argparse.Namespace) -> Iterator[None]:
     except (ValueError, FileNotFoundError) as error:  # Its file is missing, damaged or another model's.
         if "reference" not in str(error) and "log-probabilit" not in str(error):
             raise
+        if "finite" in str(error):
+            raise InputError(f"--model: {error} Are its weights finite?") from error
         raise InputError(f"{error} Begin anew with --overwrite.") from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from quickstart_lib.data import load_rows
 from shared_lib.errors import InputError
+from shared_lib.records import read_json_lines
 from shared_lib.rows import ROWS_PER_AUTHOR, Row
 
 GOOD = {"question": "Who?", "answer": "She."}
@@ -88,6 +89,21 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(InputError, match=r"rows\.json:1: the line must be UTF-8"):
         load_rows(str(path), authors=4, seed=0)
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"question": "q", "answer": "a"}\n', encoding="utf-8-sig")
+    assert [fields for _, fields in read_json_lines(path)] == [{"question": "q", "answer": "a"}]
+
+
+def test_an_array_over_several_lines_is_told_from_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[\n{"question": "q"},\n]')
+    with pytest.raises(
+        InputError, match=r"rows.json:1: the line must be one JSON object.* without brackets around them"
+    ):
+        list(read_json_lines(path))
 
 
 @pytest.mark.parametrize("count", [0, 60, 81])

@@ -190,6 +190,7 @@ def test_an_adapter_is_merged_or_kept(home: Path, tmp_path: Path, monkeypatch: p
     assert "library_name: peft" in (tmp_path / "kept" / "model" / "README.md").read_text()
     with pytest.raises(InputError, match=r"--lora-targets: Target modules .*nowhere"):
         run_here(monkeypatch, home, tmp_path / "x", "--lora", "2", "--lora-targets", "nowhere")
+    assert not (tmp_path / "x").exists()  # The corrected command may have the folder.
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)

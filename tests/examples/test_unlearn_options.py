@@ -13,11 +13,11 @@ import unlearn
 from quickstart_lib.data import load_rows
 from shared_lib.errors import InputError
 from shared_lib.models import save_small_llama
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from unlearn_lib import options as options_module
 from unlearn_lib.options import as_settings, parse_options
 from unlearn_lib.rows import KINDS, parse_row
-from unlearn_lib.run_folder import RunFolder
+from unlearn_lib.run_folder import RunFolder, write_json
 from unlearn_lib.sources import check_files
 
 from blur_optim.integrations.objectives import FORGET_LOSSES, RETAIN_LOSSES
@@ -109,6 +109,10 @@ WRONG = {
     "no eval file": (["--eval", "x=./nowhere"], "^--eval x: there is no file ./nowhere"),
     "no folder": (["--model", "./nowhere"], "^--model: there is no folder ./nowhere"),
     "no model": (["--model", "empty"], "^--model: empty could not be loaded: "),
+    "no name": (
+        ["--model", "nofolder"],
+        "^--model: nofolder could not be loaded: .* There is no folder of that name here",
+    ),
     "no gguf": (["--gguf-file", "x.gguf"], "^--gguf-file: there is no file x.gguf in my-model"),
     "gguf alone": (["--model", "only-gguf"], "could not be loaded: .* try --gguf-file a.gguf"),
     "broken gguf": (["--model", "only-gguf", "--gguf-file", "a.gguf"], "^--model: only-gguf could not be loaded: "),
@@ -134,6 +138,21 @@ def test_wrong_input_is_explained(more: list[str], message: str, home: Path, mon
         unlearn.main()
     assert not Path("x").exists()
     assert (home / "my-model" / "config.json").exists()
+
+
+def test_rows_are_no_longer_than_the_model_reads(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(home / "my-model")
+    AutoTokenizer.from_pretrained(home / "my-model").save_pretrained(tmp_path / "short")
+    for limit, expected in ((128, 128), (1024, 512)):
+        model.config.max_position_embeddings = limit
+        model.save_pretrained(tmp_path / "short")
+        files = ["--forget", str(home / "forget.jsonl"), "--retain", str(home / "retain.jsonl")]
+        more = ["--model", str(tmp_path / "short"), "--out", str(tmp_path / "x"), "--cpu", "--dry-run"]
+        monkeypatch.setattr(sys, "argv", ["unlearn.py", *files, *more])
+        unlearn.main()
+        assert f"max_length: {expected}" in capsys.readouterr().out
 
 
 def test_missing_files_are_met_before_the_slow_imports(home: Path) -> None:
@@ -170,6 +189,18 @@ def test_another_run_in_the_folder_is_told_by_what_differs(tmp_path: Path) -> No
     RunFolder(tmp_path, facts(0.2, "b")).check(overwrite=True)
     RunFolder(tmp_path, facts(0.2, "b")).claim(overwrite=True)
     RunFolder(tmp_path, facts(0.2, "b")).check(overwrite=False)
+
+
+def test_a_folder_in_which_nothing_has_begun_is_released(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "out", {"settings": {}})
+    folder.claim(overwrite=False)
+    write_json(folder.before, {})
+    folder.release()
+    assert not folder.path.exists()
+    folder.claim(overwrite=False)
+    folder.log.write_text("")
+    folder.release()
+    assert (folder.path / "run.json").is_file()
 
 
 def test_the_documentation_shows_each_kind_of_row() -> None:

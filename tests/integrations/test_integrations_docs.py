@@ -19,7 +19,7 @@ def blocks(mark):
 
 
 def run(code, names):
-    exec(compile(code, str(DOCS), "exec"), names)
+    exec(compile(code, str(DOCS), "exec"), dict(names))  # A block sees nothing of the others.
 
 
 @pytest.fixture

@@ -97,6 +97,31 @@ def test_a_loss_scale_changes_nothing(tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"forget": {"input_ids": 1}}, TypeError, r"`forget` must be a list of batches, got dict. Wrap one batch"),
+        ({"retain": []}, ValueError, r"`retain` must hold at least one batch, got none"),
+    ],
+)
+def test_lists_of_batches(tmp_path, changes, error, match):
+    class Wrong(Unlearn):
+        def training_step(self, batch, index):
+            self.blur_step(**{"forget": [f for f, _ in batch], "retain": [r for _, r in batch], **changes})
+
+    with pytest.raises(error, match=match):
+        fit(Wrong(tiny_llama()), tmp_path)
+
+
+def test_a_loss_must_be_a_scalar(tmp_path):
+    class Wrong(Unlearn):
+        def retain_loss(self, batch):
+            return None
+
+    with pytest.raises(TypeError, match=r"`retain_loss` must return the loss as a 0-d tensor, got NoneType"):
+        fit(Wrong(tiny_llama()), tmp_path)
+
+
 def test_another_optimizer_is_refused(tmp_path):
     class Wrong(Unlearn):
         def configure_optimizers(self):

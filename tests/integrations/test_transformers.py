@@ -197,6 +197,40 @@ def test_resuming_from_the_trained_model(tmp_path):
         trainer(tmp_path, model).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_values_are_checked_before_a_model_is_loaded(tmp_path):
+    for options, error, match in [
+        ({"gamma": -1.0}, ValueError, "`gamma` must be finite and >= 0, got -1.0"),
+        ({"rule": "sum"}, ValueError, "`rule` must be one of"),
+        (
+            {"forget_loss": lambda model, batch: 0.0},
+            TypeError,
+            r"Pass a function to the trainer: BLURTrainer\(forget_l",
+        ),
+        ({"retain_loss": ["nll"]}, TypeError, r"`retain_loss` must be a name in these arguments.*got \['nll'\]"),
+    ]:
+        with pytest.raises(error, match=match):
+            arguments(tmp_path, **options)
+    with pytest.raises(TypeError, match=r"`train_dataset` must not be given. Pass forget_dataset and retain_dataset"):
+        trainer(tmp_path, more={"train_dataset": FORGET})
+
+
+def test_the_reference_must_be_another_model(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"`reference` must be another model .* Pass copy.deepcopy\(model\)"):
+        trainer(tmp_path, model, more={"reference": model})
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [(lambda model, batch: 1.0, "float"), (lambda model, batch: model(**batch).logits, r"a tensor of shape \(2, ")],
+    ids=["float", "logits"],
+)
+def test_a_loss_must_be_a_scalar(tmp_path, loss, got):
+    with pytest.raises(TypeError, match=rf"`retain_loss` must return the loss as a 0-d tensor, got {got}"):
+        trainer(tmp_path, forget_loss="ga", more={"retain_loss": loss}).train()
+
+
 @pytest.mark.parametrize("loss", ["npo", "simnpo"])
 def test_a_loader_of_ones_own(tmp_path, loss):
     class Own(BLURTrainer):

@@ -25,7 +25,17 @@ INVALID = [
     ("unknown scope", {"scope": "layer"}, ValueError, r"`scope` must be one of .*'parameter'.*, got 'layer'"),
     ("unknown stash", {"stash": "disk"}, ValueError, r"`stash` must be one of .*, 'reference'\], got 'disk'"),
     ("unknown backend", {"backend": "mps"}, ValueError, r"`backend` must be one of .*'foreach'.*, got 'mps'"),
-    ("clipping to zero", {"max_grad_norm": 0.0}, ValueError, r"`max_grad_norm` must be positive or None, got 0.0"),
+    (
+        "clipping to zero",
+        {"max_grad_norm": 0.0},
+        ValueError,
+        r"`max_grad_norm` must be a positive number or None, got 0.0",
+    ),
+    ("clipping to a string", {"max_grad_norm": "1"}, ValueError, r"`max_grad_norm` must be a positive number or None"),
+    ("gamma is None", {"gamma": None}, TypeError, r"`gamma` must be a number, got None"),
+    ("gamma is a string", {"gamma": "1"}, TypeError, r"`gamma` must be a number, got '1'"),
+    ("rule in a list", {"rule": ["blur"]}, ValueError, r"`rule` must be one of .*, got \['blur'\]"),
+    ("the paper's alpha", {"alpha": 1.0}, TypeError, r"'alpha'. The paper's alpha is called `retain_weight` here"),
     ("base is a string", {"base": "adamw"}, TypeError, r"`base` must be an optimizer class.*got 'adamw'"),
     ("base makes a module", {"base": lambda p: nn.Linear(1, 1)}, TypeError, r"must make a torch.optim.Optimizer"),
     ("base is LBFGS", {"base": torch.optim.LBFGS}, TypeError, r"without a closure of its own, which LBFGS needs"),
@@ -44,6 +54,29 @@ def test_invalid_options(options, error, message):
 def test_no_params_and_no_instance():
     with pytest.raises(TypeError, match=r"`params` must be given, unless `base` is an optimizer instance"):
         BLUR(base=torch.optim.SGD)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (nn.Linear(1, 1), r"`params` must be parameters, got a module. Pass model.parameters\(\)"),
+        (torch.optim.SGD(params()), r"`params` must be parameters, got the optimizer SGD. Pass base=... alone"),
+    ],
+    ids=["module", "optimizer"],
+)
+def test_what_is_no_parameters(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        BLUR(wrong)
+
+
+def test_weights_are_checked_in_each_step():
+    (p,) = params()
+    opt = BLUR([p], torch.optim.SGD, lr=1.0)
+    opt.param_groups[0]["gamma"] = -1.0
+    with pytest.raises(ValueError, match=r"`gamma` must be finite and >= 0, got -1.0"):
+        opt.step(lambda: p.sum(), lambda: p.sum())
+    assert torch.equal(p, torch.zeros(3))
+    assert p.grad is None
 
 
 def test_weights_of_a_group_are_checked():

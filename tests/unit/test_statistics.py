@@ -92,6 +92,13 @@ def step_with_base(**base_kwargs):
     return opt, lambda: model(x).square().mean(), lambda: (model(x) - 1).square().mean()
 
 
+def test_cosine_of_a_gradient_that_is_not_finite_is_nan():
+    _, (forget, retain), opt = problem(scope="group")
+    opt.step(lambda: forget() * float("nan"), retain)
+    assert opt.statistics.cosine.isnan()
+    assert opt.statistics.row_cosines.isnan().all()
+
+
 def test_a_step_reads_nothing_on_the_host():
     """Dots, coefficients, clipping, blend, skipping and recording, over a base that takes found_inf."""
     opt, forget, retain = step_with_base(fused=True)
