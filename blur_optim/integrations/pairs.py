@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from blur_optim.losses import ReferenceLogProbs
+from blur_optim.losses.text import IGNORE_INDEX
 
 Collator = Callable[[list[Any]], Any]
 # A preference example has two answers, each with tokens of its own: what to say instead, and what to forget.
@@ -80,7 +83,8 @@ class PairSampler(Sampler[tuple[int, int]]):
 class PairCollator:
     """Collate each half of the pairs with the collator of a single data set.
 
-    A half whose items are ``{"chosen": ..., "rejected": ...}`` (for DPO) becomes a dict of two batches.
+    A half whose items are ``{"chosen": ..., "rejected": ...}`` (for DPO) becomes a dict of two batches. A batch without
+    any label to train on, as cut prompts leave it, is warned of, once for each half.
 
     Args:
         collate: makes a batch of a list of items.
@@ -90,16 +94,28 @@ class PairCollator:
 
     def __init__(self, collate: Collator, reference: ReferenceLogProbs | None = None) -> None:
         self.collate, self.reference = collate, reference
+        self._warned: set[str] = set()
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        forget, retain = ([pair[side] for pair in pairs] for side in ("forget", "retain"))
-        return {"forget": self._with_reference(self.side(forget)), "retain": self.side(retain)}
+        batch = {side: self.side([pair[side] for pair in pairs]) for side in ("forget", "retain")}
+        for side, half in batch.items():
+            self._check_labels(side, half)
+        return {**batch, "forget": self._with_reference(batch["forget"])}
 
     def side(self, items: list[Any]) -> Any:
         """Collate the items of one half, without what the reference knows of them."""
         if isinstance(items[0], Mapping) and set(items[0]) == set(ANSWERS):
             return {name: self.collate([item[name] for item in items]) for name in ANSWERS}
         return self.collate(items)
+
+    def _check_labels(self, side: str, half: Any) -> None:
+        if side not in self._warned and isinstance(half, Mapping) and any(map(_is_untrained, single_batches(half))):
+            self._warned.add(side)
+            warnings.warn(
+                f"`{side}_dataset` gave a batch in which every label is {IGNORE_INDEX}: nothing in it is trained on. "
+                "Were long prompts cut before their answers?",
+                stacklevel=2,
+            )
 
     def _with_reference(self, batch: Any) -> Any:
         if self.reference is not None:
@@ -111,6 +127,12 @@ class PairCollator:
 def single_batches(batch: Any) -> list[Any]:
     """The batches in a half: one, or two where its examples have two answers."""
     return [batch[name] for name in ANSWERS] if all(name in batch for name in ANSWERS) else [batch]
+
+
+def _is_untrained(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    # Nothing predicts the first column.
+    return isinstance(labels, Tensor) and labels.dim() == 2 and bool((labels[:, 1:] == IGNORE_INDEX).all())
 
 
 def _length(name: str, dataset: Any) -> int:

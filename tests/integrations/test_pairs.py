@@ -62,6 +62,22 @@ def test_two_answers_are_two_batches():
     assert PairCollator(list)(pairs)["forget"] == {"chosen": [3, 4], "rejected": [-3, -4]}
 
 
+def test_a_batch_without_labels_is_warned_of_once(recwarn):
+    def batch(*labels):
+        return [{"input_ids": torch.ones(3), "labels": torch.tensor(row)} for row in labels]
+
+    collator = PairCollator(torch.utils.data.default_collate)
+    trained, untrained = batch([-100, -100, 5]), batch([7, -100, -100])  # Nothing predicts the 7.
+    collator([{"forget": f, "retain": r} for f, r in zip(trained + untrained, trained * 2, strict=True)])
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"`retain_dataset` gave a batch in which every label is -100"):
+        collator([{"forget": trained[0], "retain": untrained[0]}])
+    collator([{"forget": trained[0], "retain": untrained[0]}])
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"`forget_dataset` gave a batch"):
+        collator([{"forget": {"chosen": trained[0], "rejected": untrained[0]}, "retain": trained[0]}])
+
+
 class Stream:
     def __iter__(self):
         yield 1
