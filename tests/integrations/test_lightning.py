@@ -54,18 +54,17 @@ def two_steps():
     return [batches[:2], batches[2:]]
 
 
-def fit(module, folder, steps=None, **options):
+def fit(module, folder, steps=None, ckpt_path=None, **options):
     made = Trainer(
         accelerator="cpu",
-        max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        **options,
+        **{"max_epochs": 1, **options},
     )
-    made.fit(module, DataLoader(two_steps() if steps is None else steps, batch_size=None))
+    made.fit(module, DataLoader(two_steps() if steps is None else steps, batch_size=None), ckpt_path=ckpt_path)
     return made
 
 
@@ -163,16 +162,8 @@ def test_a_record_goes_on_where_a_checkpoint_was_taken(tmp_path):
     made.fit_loop.max_epochs = 2
     made.fit(made.lightning_module, DataLoader(steps[1:], batch_size=None))
     before = read_record(path).steps
-    again = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[RecordCallback(path)],
-    )
-    again.fit(Unlearn(tiny_llama()), DataLoader(steps[1:], batch_size=None), ckpt_path=tmp_path / "at-1.ckpt")
+    again = [RecordCallback(path)]
+    fit(Unlearn(tiny_llama()), tmp_path, steps[1:], tmp_path / "at-1.ckpt", max_epochs=2, callbacks=again)
     after = read_record(path).steps
     assert [line["step"] for line in before] == [line["step"] for line in after] == [1, 2]
     assert after[0] == before[0]
