@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from blur_optim import BLUR
 from blur_optim.kernels import BACKENDS, select_backend
 from blur_optim.losses import ga_loss, nll_loss
-from blur_optim.stash import STASHES
+from blur_optim.step.stash import STASHES
 
 GAMMA = 1.0
 BASELINE = "weighted_sum"

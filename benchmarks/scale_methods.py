@@ -9,9 +9,9 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from blur_optim import BLUR
-from blur_optim.distributed import like, to_local
 from blur_optim.losses import ga_loss, nll_loss
-from blur_optim.stash import STASHES
+from blur_optim.parallel.ranks import like, to_local
+from blur_optim.step.stash import STASHES
 
 Step = Callable[[], object]
 

@@ -16,9 +16,9 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from blur_optim.distributed import to_local
 from blur_optim.kernels import blocks
-from blur_optim.stash import STASHES, Stash, Stashed
+from blur_optim.parallel.ranks import to_local
+from blur_optim.step.stash import STASHES, Stash, Stashed
 
 _DEVICE = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from blur_optim import BLUR
-from blur_optim.rules import RULES
+from blur_optim.step.rules import RULES
 
 
 def llama(hidden: int, layers: int, intermediate: int, vocabulary: int, kv: int, tied: bool) -> list[tuple[int, ...]]:

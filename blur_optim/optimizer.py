@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
-from blur_optim.base import check_base, make_base, step_base, supports_amp_scaling
-from blur_optim.distributed import Ranks
-from blur_optim.fused import fused_step, why_not_fused
-from blur_optim.gradients import PairedGradients, Rows, check_gradients, check_weight, pair_gradients
 from blur_optim.kernels import select_backend
-from blur_optim.phases import Phase, Phases
-from blur_optim.projection import Projection, Projector, blend_, project
-from blur_optim.recompute import recompute
-from blur_optim.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
-from blur_optim.stash import STASHES
-from blur_optim.statistics import StepStatistics
-from blur_optim.wrappers import Wrappers, drop_held_back, holds_back, is_gathered
+from blur_optim.parallel.ranks import Ranks
+from blur_optim.parallel.wrappers import Wrappers, drop_held_back, holds_back, is_gathered
+from blur_optim.step.base import check_base, make_base, step_base, supports_amp_scaling
+from blur_optim.step.fused import fused_step, why_not_fused
+from blur_optim.step.gradients import PairedGradients, Rows, check_gradients, check_weight, pair_gradients
+from blur_optim.step.phases import Phase, Phases
+from blur_optim.step.projection import Projection, Projector, blend_, project
+from blur_optim.step.recompute import recompute
+from blur_optim.step.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
+from blur_optim.step.stash import STASHES
+from blur_optim.step.statistics import StepStatistics
 
 Closure = Callable[[], Any]
 SCOPES = ("global", "group", "parameter")
@@ -50,7 +50,7 @@ class BLUR(Optimizer):
         gamma: weight of the forget gradient; >= 0. Kept in every param group, so schedulers may change it.
         retain_weight: :math:`\alpha`, weight of the retain gradient; >= 0. Kept in every param group.
         rule: ``"blur"``, ``"retain_first"``, ``"conflict"``, ``"barrier"``, ``"weighted_sum"``, ``"normalized"``, or a
-            callable ``(dots, gamma, alpha) -> (a, b)`` on 0-d float64 tensors; see :mod:`blur_optim.rules`.
+            callable ``(dots, gamma, alpha) -> (a, b)`` on 0-d float64 tensors; see :mod:`blur_optim.step.rules`.
         normalize: apply the rule to :math:`g_f/\|g_f\|` and :math:`g_r/\|g_r\|`.
         scope: over what the dots are summed: ``"global"`` (the paper), ``"group"`` or ``"parameter"``.
         max_grad_norm: clip :math:`\|u\|` to this, as ``clip_grad_norm_`` would, without its pass. None: no clipping.

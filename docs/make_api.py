@@ -18,16 +18,16 @@ API = ROOT / "docs" / "api.md"
 # Title, sentence below it, and module: names. "*": its docstring and every public name.
 SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("The optimizer", "`from blur_optim import BLUR`", {"optimizer": "BLUR"}),
-    ("Statistics", "`opt.statistics` after a step.", {"statistics": "StepStatistics"}),
+    ("Statistics", "`opt.statistics` after a step.", {"step.statistics": "StepStatistics"}),
     (
         "Rules",
-        "`from blur_optim.rules import ...`; `BLUR(rule=...)` takes a name or a function.",
-        {"rules": "Dots RULES blur retain_first conflict barrier weighted_sum normalized on_unit_gradients"},
+        "`from blur_optim.step.rules import ...`; `BLUR(rule=...)` takes a name or a function.",
+        {"step.rules": "Dots RULES blur retain_first conflict barrier weighted_sum normalized on_unit_gradients"},
     ),
     (
         "Stashes",
         "`BLUR(stash=...)` takes a name: `reference`, `bfloat16`, `int8`, `cpu`, `recompute`. [More](memory.md).",
-        {"stash": "STASHES Stash BFloat16Stash Int8Stash HostStash", "recompute": ""},
+        {"step.stash": "STASHES Stash BFloat16Stash Int8Stash HostStash", "step.recompute": ""},
     ),
     (
         "Losses",
@@ -42,10 +42,10 @@ SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ),
     (
         "Recorder",
-        "`from blur_optim.recorder import Recorder, read_record`",
-        {"recorder": "*", "record_file": "Record read_record"},
+        "`from blur_optim.record import Recorder, read_record`",
+        {"record.recorder": "*", "record.record_file": "Record read_record"},
     ),
-    ("Pictures", "", {"plot": "plot"}),
+    ("Pictures", "", {"record.plot": "plot"}),
     (
         "transformers",
         "",
@@ -105,7 +105,7 @@ def _module(module: str, names: str) -> Iterator[str]:
         wanted = [_name(node) for node in public if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     else:
         wanted = names.split()
-    if not names or len(wanted) > 1 or module in ("plot", "env", "integrations.open_unlearning"):
+    if not names or len(wanted) > 1 or module in ("record.plot", "env", "integrations.open_unlearning"):
         yield from _docstring(tree)
     nodes = {_name(node): node for node in public}
     for name in wanted:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from blur_optim.rules import Dots, blur
+from blur_optim.step.rules import Dots, blur
 
 DECAY = 0.9
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from blur_optim.rules import Dots
+from blur_optim.step.rules import Dots
 
 
 def upgrad(dots: Dots, gamma: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:

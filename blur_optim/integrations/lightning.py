@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blur_optim.integrations.trainer_step import checked_loss
 from blur_optim.optimizer import BLUR
-from blur_optim.recorder import Recorder
+from blur_optim.record.recorder import Recorder
 
 try:
     from lightning.pytorch import Callback, LightningModule
@@ -138,7 +138,7 @@ class RecordCallback(Callback):
     in the file at the checkpoint's step.
 
     Args:
-        path, **options: as :class:`blur_optim.recorder.Recorder` takes them.
+        path, **options: as :class:`blur_optim.record.recorder.Recorder` takes them.
 
     Raises:
         TypeError: when training begins, if the module is no :class:`BLURModule`.

@@ -1,4 +1,4 @@
-"""A file of what each step of a Trainer saw: :class:`blur_optim.recorder.Recorder` as a callback."""
+"""A file of what each step of a Trainer saw: :class:`blur_optim.record.recorder.Recorder` as a callback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from blur_optim.integrations.trainer_step import BLURStepMixin
-from blur_optim.recorder import Recorder
+from blur_optim.record.recorder import Recorder
 
 try:
     from transformers import TrainerCallback
@@ -25,7 +25,7 @@ class RecordCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that it is added to.
-        path, **options: as :class:`blur_optim.recorder.Recorder` takes them.
+        path, **options: as :class:`blur_optim.record.recorder.Recorder` takes them.
     """
 
     def __init__(self, trainer: BLURStepMixin, path: str | os.PathLike[str], **options: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
-from blur_optim.rules import UserRule
+from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
 

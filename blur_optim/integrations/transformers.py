@@ -25,7 +25,7 @@ from blur_optim.integrations.trainer_step import BLURStepMixin, blur_options
 from blur_optim.losses import ReferenceLogProbs
 from blur_optim.losses.reference import adapter_owner
 from blur_optim.losses.reference_ranks import on_the_first
-from blur_optim.rules import UserRule
+from blur_optim.step.rules import UserRule
 
 try:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -74,11 +74,12 @@ class BLURTrainingArguments(TrainingArguments):
         metadata={"help": f"Keeps what npo and dpo compare with; output_dir/{REFERENCE_FILE} unless given."},
     )
     record: str | None = field(
-        default=None, metadata={"help": "File of what each step saw, for python -m blur_optim.plot: 'run.jsonl'."}
+        default=None,
+        metadata={"help": "File of what each step saw, as 'run.jsonl'; python -m blur_optim.record.plot."},
     )
     record_every: int = field(default=1, metadata={"help": "Record each step whose number divides by this."})
     record_alignment: bool = field(
-        default=False, metadata={"help": "Record the cosine within each parameter too; see blur_optim.recorder."}
+        default=False, metadata={"help": "Record the cosine within each parameter too; see blur_optim.record.recorder."}
     )
 
     def __post_init__(self) -> None:

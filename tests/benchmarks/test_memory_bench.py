@@ -25,7 +25,7 @@ from memory_tracker import (
 )
 from torch import nn
 
-from blur_optim.stash import STASHES
+from blur_optim.step.stash import STASHES
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KIB = 1024

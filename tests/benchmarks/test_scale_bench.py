@@ -15,7 +15,7 @@ from scale_methods import METHODS
 from scale_models import Case
 from scale_simulation import Peak, simulate
 
-from blur_optim.stash import STASHES
+from blur_optim.step.stash import STASHES
 
 
 @pytest.fixture(scope="module")

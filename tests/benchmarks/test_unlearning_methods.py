@@ -16,7 +16,7 @@ from unlearning.presets import PRESETS, preset
 from unlearning.robust import AveragedCosine, AveragedDots
 from unlearning.torchjd_rules import pcgrad, upgrad
 
-from blur_optim.rules import Dots
+from blur_optim.step.rules import Dots
 
 IDS = sorted({method for settings in PRESETS.values() for method in settings.methods})
 MISSING = [name for name in ("torchjd", "quadprog", "qpsolvers") if importlib.util.find_spec(name) is None]

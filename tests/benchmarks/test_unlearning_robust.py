@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from unlearning.robust import AveragedCosine, AveragedDots, Bloop
 
 from blur_optim import BLUR
-from blur_optim.rules import Dots, blur
+from blur_optim.step.rules import Dots, blur
 
 GAMMA, ALPHA = torch.tensor(0.5, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
 RULES = [AveragedDots, AveragedCosine]

@@ -22,7 +22,7 @@ from unlearn_lib.sources import check_files
 
 from blur_optim.integrations.objectives import FORGET_LOSSES, RETAIN_LOSSES
 from blur_optim.integrations.transformers import BLURTrainingArguments
-from blur_optim.rules import RULES
+from blur_optim.step.rules import RULES
 
 DOCS = Path(__file__).parents[2] / "docs" / "unlearn.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)

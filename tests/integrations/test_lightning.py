@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from blur_optim.integrations.lightning import BLURModule, LightningBLUR, RecordCallback
-from blur_optim.recorder import read_record
+from blur_optim.record import read_record
 
 FORGET, RETAIN = rows(6, 1), rows(8, 2)
 # Lightning recommends workers for the loader, and uses an older spelling of torch's pytrees.

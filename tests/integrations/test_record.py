@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from blur_optim.integrations.record import RecordCallback
 from blur_optim.integrations.transformers import BLURTrainer, BLURTrainingArguments
-from blur_optim.recorder import read_record
+from blur_optim.record import read_record
 
 
 def trainer(folder, **changes):

@@ -1,0 +1,1 @@
+"""Many processes: what is summed over ranks, and what wrappers keep back from ``p.grad``."""

@@ -1,0 +1,285 @@
+"""``python -m blur_optim.record.plot run.jsonl``: pictures of what a Recorder has written."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from blur_optim.record.plot_rows import Row, rows_of
+from blur_optim.record.record_file import Record, read_record
+
+FORMATS = ("png", "svg", "pdf")
+# Okabe and Ito's colours, told apart by the colour-blind too.
+_FORGET, _RETAIN, _OTHER = "#d55e00", "#0072b2", "#333333"
+_RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+#: Title, axis label, scale, and key, name, colour (of a single run) and style of each line.
+_PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str, str, str], ...]], ...] = (
+    (
+        "Losses",
+        "loss",
+        "linear",
+        (("forget_loss", "forget", _FORGET, "-"), ("retain_loss", "retain", _RETAIN, "--")),
+    ),
+    (
+        "Cosine of the gradients (below 0 they conflict)",
+        r"$\cos(g_f, g_r)$",
+        "around 0",
+        (("cosine", "cosine", _OTHER, "-"),),
+    ),
+    (
+        "Norms",
+        "norm",
+        "log",
+        (
+            ("forget_norm", r"forget gradient $\|g_f\|$", _FORGET, "-"),
+            ("retain_norm", r"retain gradient $\|g_r\|$", _RETAIN, "--"),
+            ("update_norm", r"update $\|u\|$", _OTHER, ":"),
+        ),
+    ),
+    (
+        r"Coefficients of the update $u = a\,g_f + b\,g_r$",
+        "coefficient",
+        "around 0",
+        (("forget_coefficient", "a (forget)", _FORGET, "-"), ("retain_coefficient", "b (retain)", _RETAIN, "--")),
+    ),
+)
+
+
+def plot(
+    files: Sequence[str | Path], output: str | Path | None = None, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Draw the steps of one run, or of several in one picture, and the alignment of each run that recorded it.
+
+    Args:
+        files: written by a Recorder.
+        output: folder for the pictures; that of the first file unless given.
+        formats: ``"png"``, ``"svg"``, ``"pdf"``.
+
+    Returns:
+        The files written: ``<names of the runs>-steps.<format>`` and ``<name of the run>-alignment.<format>``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a file is none of a Recorder, or holds no step; the message names file and line.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"`formats` must be among {list(FORMATS)}, got {name!r}.")
+    runs = _read(files)
+    figure_class = _figure_class()
+    figures = {f"{'-'.join(runs)}-steps": _draw_steps(figure_class, runs)}
+    figures |= {
+        f"{name}-alignment": _draw_alignment(figure_class, name, run)
+        for name, run in runs.items()
+        if _aligned_steps(run)
+    }
+    folder = Path(files[0]).parent if output is None else Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for stem, figure in figures.items():
+        for extension in formats:
+            written.append(folder / f"{stem}.{extension}")
+            figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m blur_optim.record.plot", description="Draw what a Recorder has written."
+    )
+    parser.add_argument("files", nargs="+", metavar="run.jsonl", help="several are drawn in one picture")
+    parser.add_argument("--output", metavar="DIR", help="folder for the pictures; that of the first file unless given")
+    parser.add_argument("--format", default="png", metavar="png,svg", help=f"of {', '.join(FORMATS)}; default png")
+    options = parser.parse_args(arguments)
+    try:
+        written = plot(options.files, options.output, options.format.split(","))
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"blur_optim.record.plot: {error}")
+    for path in written:
+        print(path)
+
+
+def _read(files: Sequence[str | Path]) -> dict[str, Record]:
+    runs: dict[str, Record] = {}
+    stems = [Path(file).stem for file in files]
+    for file in map(Path, files):
+        run = read_record(file)
+        if not run.steps:
+            raise ValueError(f"{file}: must hold at least one step, got metadata alone.")
+        # Files of one name, as folder/run.jsonl usually are, are told apart by their folders.
+        name = file.stem if stems.count(file.stem) == 1 else f"{file.resolve().parent.name}-{file.stem}"
+        while name in runs:
+            name += "'"
+        runs[name] = run
+    return runs
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("`matplotlib` must be installed for pictures. `pip install 'blur_optim[plot]'`.") from error
+    return Figure  # Not pyplot, which would look for a display and keep every figure.
+
+
+# -- By step -------------------------------------------------------------------------------------------------------
+
+
+def _draw_steps(figure_class: Any, runs: Mapping[str, Record]) -> Any:
+    figure = figure_class(figsize=(11, 7.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    for axis, (title, label, scale, lines) in zip(axes.flat, _PANELS, strict=True):
+        axis.set_title(title, fontsize=11)
+        axis.set_ylabel(label)
+        drawn = _draw_lines(axis, runs, lines)
+        if not drawn:
+            axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color="#777777")
+        elif scale == "log" and all(value > 0 or math.isnan(value) for value in drawn):
+            axis.set_yscale("log")
+        if scale == "around 0":
+            axis.axhline(0, color="black", linewidth=0.8, zorder=1)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.02)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(_headline(runs), fontsize=12)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    return figure
+
+
+def _draw_lines(axis: Any, runs: Mapping[str, Record], lines: Sequence[tuple[str, str, str, str]]) -> list[float]:
+    """Draw the lines of a panel. A single run has a colour for each line, of several each has one colour."""
+    drawn: list[float] = []
+    for number, (run_name, run) in enumerate(runs.items()):
+        for position, (key, name, own_colour, style) in enumerate(lines):
+            x, y = _series(run, key)
+            if not x:
+                continue
+            colour = own_colour if len(runs) == 1 else _RUNS[number % len(_RUNS)]
+            label = (name if len(lines) > 1 else None) if len(runs) == 1 else run_name if position == 0 else None
+            marker = "." if len(x) <= 30 else ""
+            axis.plot(x, y, color=colour, linestyle=style, marker=marker, linewidth=1.4, label=label)
+            drawn += y
+    for _, name, _, style in lines if drawn and len(runs) > 1 and len(lines) > 1 else ():
+        axis.plot([], [], color="#777777", linestyle=style, label=name)
+    return drawn
+
+
+def _series(run: Record, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values; of several rows the mean, NaN (a gap) where a value is null."""
+    pairs = [(step["step"], step[key]) for step in run.steps if key in step]
+    return [step for step, _ in pairs], [_number(value) for _, value in pairs]
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, list):
+        numbers = [float(v) for v in value if isinstance(v, int | float)]
+        return fmean(numbers) if numbers else math.nan
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _headline(runs: Mapping[str, Record]) -> str:
+    if len(runs) > 1:
+        return ", ".join(f"{name} ({run.metadata.get('rule')})" for name, run in runs.items())
+    ((name, run),) = runs.items()
+    weights = {
+        symbol: ", ".join(f"{value:g}" for value in sorted(set(run.metadata.get(key) or [])))
+        for symbol, key in (("γ", "gamma"), ("α", "retain_weight"))
+    }
+    settings = [f"{symbol} = {value}" for symbol, value in weights.items() if value]
+    return f"{name}: " + ", ".join([f"rule {run.metadata.get('rule')}", *settings])
+
+
+# -- By layer and step -----------------------------------------------------------------------------------------------
+
+
+def _aligned_steps(run: Record) -> list[dict[str, Any]]:
+    """The steps with one cosine for each name of the metadata, at least one of which is a number."""
+    size = len(run.metadata.get("parameters", ()))
+    return [
+        step
+        for step in run.steps
+        if len(cosines := step.get("alignment", {}).get("cosine", ())) == size and any(c is not None for c in cosines)
+    ]
+
+
+def _draw_alignment(figure_class: Any, name: str, run: Record) -> Any:
+    """Draw the cosine of the two gradients within each row by step; the bar on the right: where the gradients are."""
+    steps, rows = _aligned_steps(run), rows_of(run.metadata["parameters"])
+    table = [[_cosine(step["alignment"], row) for step in steps] for row in rows]
+    few = len(rows) <= 64
+    figure = figure_class(figsize=(11, 1.5 + (0.17 if few else 0.13) * max(len(rows), 10)), layout="constrained")
+    axis, bars = figure.subplots(1, 2, sharey=True, width_ratios=[8, 1])
+    limit = max([0.05, *(abs(value) for line in table for value in line if not math.isnan(value))])
+    image = axis.imshow(table, aspect="auto", interpolation="nearest", cmap="RdBu", vmin=-limit, vmax=limit)
+    axis.set_facecolor("#dddddd")  # Where there is no value.
+    axis.set_yticks(range(len(rows)), _labels(rows), fontsize=7 if few else 6)
+    axis.set_xlabel("step")
+    axis.set_title(f"{name}: cosine of forget and retain gradient, within the parameters", fontsize=11)
+    every = max(1, math.ceil(len(steps) / 12))
+    axis.set_xticks(range(0, len(steps), every), [str(step["step"]) for step in steps[::every]])
+    for y, (row, before) in enumerate(zip(rows[1:], rows[:-1], strict=True)):
+        if row.layer != before.layer and row.label != "all":
+            axis.axhline(y + 0.5, color="white", linewidth=1.5)
+    _draw_shares(bars, steps, rows)
+    for each in (axis, bars):
+        each.tick_params(length=0, axis="y")
+        each.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=bars, location="right", aspect=30)
+    bar.set_label(r"$\cos(g_f, g_r)$:  red opposes, blue agrees")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _draw_shares(axis: Any, steps: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> None:
+    """Draw each row's share of the squared norm of the gradients, the mean over steps: a cosine may matter little."""
+    for offset, key, colour in ((-0.2, "forget_norm", _FORGET), (0.2, "retain_norm", _RETAIN)):
+        squares = [[_square(step["alignment"], key, row) for row in rows] for step in steps]
+        shares = [fmean(values) for values in zip(*([v / (sum(s) or 1.0) for v in s] for s in squares), strict=True)]
+        label = key.removesuffix("_norm")
+        axis.barh([y + offset for y in range(len(rows))], shares, height=0.38, color=colour, label=label)
+    axis.set_title("share of ‖g‖²", fontsize=9)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axis.tick_params(axis="x", labelsize=7)
+    axis.tick_params(axis="y", labelleft=False)
+    axis.locator_params(axis="x", nbins=2)
+    axis.legend(fontsize=7, framealpha=0.8, edgecolor="none", handlelength=1)
+
+
+def _cosine(alignment: Mapping[str, Sequence[float | None]], row: Row) -> float:
+    """The cosine over all parameters of a row, from theirs and their norms; NaN where none had gradients."""
+    found = [
+        (c, f, r)
+        for c, f, r in ([alignment[key][i] for key in ("cosine", "forget_norm", "retain_norm")] for i in row.members)
+        if c is not None and f is not None and r is not None
+    ]
+    norms = math.sqrt(sum(f * f for _, f, _ in found) * sum(r * r for _, _, r in found))
+    return sum(c * f * r for c, f, r in found) / norms if norms else (0.0 if found else math.nan)
+
+
+def _square(alignment: Mapping[str, Sequence[float | None]], key: str, row: Row) -> float:
+    return sum((alignment[key][i] or 0.0) ** 2 for i in row.members)
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """The layer beside its first row alone."""
+    labels, previous = [], None
+    for row in rows:
+        new = row.layer is not None and row.layer != previous
+        text = "" if row.label == "all" else row.label
+        labels.append(f"layer {row.layer}   {text}".rstrip() if new else text)
+        previous = row.layer
+    return labels
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""One step, in the order in which data runs through it.
+
+========================  ==============================================================================================
+``phases``                where in a step we are: forget, retain, step; every way of getting it wrong, with the remedy
+``stash``                 where the forget gradients wait while the retain gradients are computed
+``recompute``             instead of waiting: the retain closure evaluated twice
+``gradients``             both gradients, paired by parameter in the form that kernels take
+``projection``            pairs to three dots, dots to coefficients, coefficients to the update
+``rules``                 the scalar part: (dots, gamma, alpha) to the two weights a and b
+``fused``                 the update inside the step of AdamW, Adam or SGD, never written to memory
+``base``                  any other base optimizer, stepped on the update in ``p.grad``
+``statistics``            what the step saw
+========================  ==============================================================================================
+"""

@@ -1,0 +1,149 @@
+"""From two sets of gradients to one: dots, coefficients, blend. The numbers of BLUR, without its bookkeeping."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from blur_optim.kernels import select_backend
+from blur_optim.step.gradients import Pair, PairedGradients, Rows
+from blur_optim.step.rules import Dots, Rule, update_norm_sq
+
+
+@dataclass(frozen=True)
+class Projector:
+    """The settings of :class:`blur_optim.BLUR` that the numbers depend on.
+
+    Args:
+        backend: a name, or None for the fastest on each device.
+        rule: from ``[rows]`` dots to ``[rows]`` coefficients.
+        sum_rows: the rule sees the sums over all rows (``scope="global"``) rather than each row's own dots.
+        by_parameter: take the dots of each parameter, and add them up to those of the rows.
+    """
+
+    backend: str | None
+    rule: Rule
+    sum_rows: bool
+    max_grad_norm: float | None
+    by_parameter: bool = False
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What :func:`project` computed.
+
+    Args:
+        dots: three ``[rows]`` tensors, each row's own part.
+        a, b: ``[rows]``, clipping included; NaN where ``found_inf`` is set.
+        update_norm: 0-d, clipping included.
+        found_inf: 0-d float32, 1 where a dot is not finite. The form that fused optimizers take.
+        params: those that took part, in the order of the param groups.
+        parameter_dots: three ``[len(params)]`` tensors, where they were asked for.
+    """
+
+    dots: Dots
+    a: Tensor
+    b: Tensor
+    update_norm: Tensor
+    found_inf: Tensor
+    params: list[Tensor]
+    parameter_dots: Dots | None = None
+
+    @property
+    def coefficients(self) -> Tensor:
+        """``[rows, 2]``: (a, b)."""
+        return torch.stack([self.a, self.b], dim=1)
+
+
+def project(gradients: PairedGradients, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
+    """Compute the coefficients of the update from one pass over both gradients, which are not modified.
+
+    Args:
+        grad_scale: factor that both losses were multiplied with. The update carries it too; dots, norms, clipping and
+            the coefficients are those without it.
+
+    No host synchronisation. One all-reduce where parameters are sharded.
+    """
+    table = gradients.ranks.sum_(take_dots(gradients, settings), gradients.facts)
+    return solve(table, gradients.rows, settings, grad_scale)
+
+
+def take_dots(gradients: PairedGradients, settings: Projector) -> Tensor:
+    """``[rows, 3]`` float64: <g_r, g_f>, |g_f|^2, |g_r|^2 of each row (``by_parameter``: member), this rank's part."""
+    rows = len(gradients.rows.members if settings.by_parameter else gradients.rows.gammas)
+    table = torch.zeros(rows, 3, dtype=torch.float64, device=gradients.device)
+    for device, weight, pairs in gradients.batches():
+        dots = select_backend(settings.backend, device).multi_tensor_dots(
+            [pair.forget for pair in pairs],
+            [pair.retain for pair in pairs],
+            [pair.member if settings.by_parameter else pair.row for pair in pairs],
+            rows,
+            block_scales(pairs),
+        )
+        table += dots.to(table.device, non_blocking=True).mul_(weight)
+    return table
+
+
+def blend_(gradients: PairedGradients, coefficients: Tensor, backend: str | None) -> None:
+    """Replace ``retain`` of every pair by the update (``forget``, where retain is absent), in one pass.
+
+    Args:
+        coefficients: ``[rows, 2]``.
+    """
+    for device, _, pairs in gradients.batches():
+        select_backend(backend, device).multi_tensor_blend_(
+            [pair.retain for pair in pairs],
+            [pair.forget for pair in pairs],
+            coefficients.to(device, non_blocking=True),
+            [pair.row for pair in pairs],
+            block_scales(pairs),
+        )
+
+
+def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
+    """The kernels' ``scales``: empty where nothing is int8."""
+    if all(pair.scales is None for pair in pairs):
+        return []
+    return [pair.retain if pair.scales is None else pair.scales for pair in pairs]
+
+
+def solve(table: Tensor, rows: Rows, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
+    """The scalar part: from the dots, as :func:`take_dots` has them, to the coefficients."""
+    gamma, alpha = (_filled(values, table.device) for values in (rows.gammas, rows.alphas))
+    found_inf = (~table.isfinite().all()).float()
+    if grad_scale is not None:
+        table = table / grad_scale / grad_scale
+    parameter_dots = Dots(*table.unbind(1)) if settings.by_parameter else None
+    table = rows.sums(table) if settings.by_parameter else table
+    own = Dots(*table.unbind(1))
+    shared = Dots(*table.sum(0).expand_as(table).unbind(1)) if settings.sum_rows else own
+    a, b = settings.rule(shared, gamma, alpha)
+    # What is not finite must show in the update too: a GradScaler lowers its scale only if it finds it there, and dots
+    # overflow before gradients do.
+    a, b = (torch.where(found_inf > 0, torch.nan, x) for x in (a, b))
+    projection = Projection(own, a, b, a.new_zeros(()), found_inf, rows.params, parameter_dots)
+    return clipped(projection, settings.max_grad_norm)
+
+
+def clipped(projection: Projection, max_grad_norm: float | None) -> Projection:
+    """Compute the norm of the update from the dots, and scale the coefficients where it is larger than allowed."""
+    a, b = projection.a, projection.b
+    norm = update_norm_sq(projection.dots, a, b).sum().sqrt()
+    if max_grad_norm is None:
+        return replace(projection, update_norm=norm)
+    # The formula of torch.nn.utils.clip_grad_norm_, its 1e-6 included.
+    clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return replace(projection, a=a * clip, b=b * clip, update_norm=norm * clip)
+
+
+def _filled(values: list[float], device: torch.device) -> Tensor:
+    """``torch.tensor(values)`` without its host-to-device copy, which would synchronise: runs become fills."""
+    runs: list[tuple[float, int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1] + 1)
+        else:
+            runs.append((value, 1))
+    empty = torch.empty(0, dtype=torch.float64, device=device)
+    return torch.cat([empty, *(empty.new_full((count,), value) for value, count in runs)])
