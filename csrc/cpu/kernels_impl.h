@@ -1,7 +1,8 @@
 // The kernels as templates over dtypes. Each kernels_*.cpp includes this file under another instruction set, after it has
 // defined kGroupVecs and kGroupVecs16Bit: how many vectors of 16 lanes the registers hold three sums for, the latter beside
-// the conversions from 16 bits. It gets its own copy in an unnamed namespace. Compiled without contraction into fused multiply-adds, and with explicit lanes where
-// order matters, so that all copies give the same bits.
+// the conversions from 16 bits; and kGroupVecsMetric: for how many the nine sums of the metric. It gets its own copy in an
+// unnamed namespace. Compiled without contraction into fused multiply-adds, and with explicit lanes where order matters,
+// so that all copies give the same bits.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -109,6 +110,36 @@ inline Floats load16(const int8_t* x) {
   return out;
 #endif
 }
+// Rounded as IEEE says, so it has the same bits everywhere.
+inline void take_root(float& x) { x = std::sqrt(x); }
+inline void take_root(double& x) { x = std::sqrt(x); }
+inline void take_root(Floats& x) {
+#if defined(BLUR_OPTIM_AVX512)
+  x = (Floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(BLUR_OPTIM_AVX2)
+  __m256 parts[2];
+  std::memcpy(parts, &x, sizeof x);
+  for (__m256& part : parts) part = _mm256_sqrt_ps(part);
+  std::memcpy(&x, parts, sizeof x);
+#else
+  for (int k = 0; k < 16; ++k) x[k] = std::sqrt(x[k]);
+#endif
+}
+inline void take_root(Doubles& x) {
+#if defined(BLUR_OPTIM_AVX512)
+  __m512d parts[2];
+  std::memcpy(parts, &x, sizeof x);
+  for (__m512d& part : parts) part = _mm512_sqrt_pd(part);
+  std::memcpy(&x, parts, sizeof x);
+#elif defined(BLUR_OPTIM_AVX2)
+  __m256d parts[4];
+  std::memcpy(parts, &x, sizeof x);
+  for (__m256d& part : parts) part = _mm256_sqrt_pd(part);
+  std::memcpy(&x, parts, sizeof x);
+#else
+  for (int k = 0; k < 16; ++k) x[k] = std::sqrt(x[k]);
+#endif
+}
 template <class C>
 struct VectorOf {
   using type = Floats;
@@ -166,6 +197,20 @@ struct Blocks {
   void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
 };
 
+// An absent gradient.
+template <class T>
+struct Zeros {
+  using Element = T;
+
+  Zeros from(int64_t) const { return {}; }
+  Compute<T> load(int64_t) const { return 0; }
+  template <class V>
+  void load16(V& out, int64_t) const {
+    out = V{};
+  }
+  void prefetch(int64_t) const {}
+};
+
 // The elements of one block.
 template <class C>
 struct Block {
@@ -188,6 +233,11 @@ inline void for_each_stretch(Blocks<C> source, int64_t n, const Body& body) {
 template <class C>
 struct Lanes {
   C sum[kLanes] = {};
+
+  // To the 16 lanes from the given one.
+  void add(int first, const typename VectorOf<C>::type& values) {
+    for (int k = 0; k < 16; ++k) sum[first + k] += values[k];
+  }
 
   void add(const void* run) {
     C values[kLanes];
@@ -283,6 +333,130 @@ void dots(const Pair& pair, double out[3]) {
   out[pair.forget ? 2 : 1] = 0;
 }
 
+// The metric at one tensor, in the compute dtype.
+template <class C>
+struct MetricConstants {
+  C beta2, rest2, inverse_correction, damping, eps;
+
+  explicit MetricConstants(const Metric& m)
+      : beta2(C(m.beta2)), rest2(C(m.rest2)), inverse_correction(C(m.inverse_correction)), damping(C(m.damping)),
+        eps(C(m.eps)) {}
+
+  C moment(C v, C r) const { return beta2 * v + rest2 * r * r; }
+  C denominator(C corrected) const { return std::sqrt(corrected + damping) + eps; }
+};
+
+template <class P, bool kAmsgrad>
+struct Moments {
+  const P* v;
+  const P* vmax;
+
+  Moments from(int64_t i) const { return {v + i, kAmsgrad ? vmax + i : nullptr}; }
+  void prefetch(int64_t i) const {
+    __builtin_prefetch(v + i);
+    if (kAmsgrad) __builtin_prefetch(vmax + i);
+  }
+  // What the metric is made of where the retain gradient is r.
+  template <class C>
+  C load(int64_t i, C r, const MetricConstants<C>& metric) const {
+    const C moment = metric.moment(C(cpu::load(v[i])), r);
+    if constexpr (!kAmsgrad) return moment;
+    const C seen = cpu::load(vmax[i]);
+    return seen < moment ? moment : seen;
+  }
+  template <class V, class C>
+  void load16(V& out, int64_t i, const V& r, const MetricConstants<C>& metric) const {
+    cpu::load16(out, v + i);
+    out = metric.beta2 * out + metric.rest2 * r * r;
+    if constexpr (kAmsgrad) {
+      V seen;
+      cpu::load16(seen, vmax + i);
+      out = seen < out ? out : seen;
+    }
+  }
+};
+
+// Add to the sums what an element, or a vector of them, has for each of the kMetricDots.
+template <class X, class C, class Add>
+inline void add_metric_dots(const X& f, const X& r, const X& moment, const MetricConstants<C>& metric, const Add& add) {
+  const X corrected = moment * metric.inverse_correction;
+  X root = corrected + metric.damping;
+  take_root(root);
+  const X inverse = C(1) / (root + metric.eps);
+  const X pf = inverse * f, pr = inverse * r, pf_sq = pf * pf;
+  add(0, r * f);
+  add(1, f * f);
+  add(2, r * r);
+  add(3, r * pf);
+  add(4, f * pf);
+  add(5, r * pr);
+  add(6, pf_sq);
+  add(7, pf_sq * pf_sq);
+  add(8, corrected);
+}
+
+// As dots_run. Beside nine sums the registers hold fewer vectors of each.
+template <int kGroup, class F, class R, class M, class C>
+inline void metric_run(const F f, const R r, const M moments, int rounds, const MetricConstants<C>& metric,
+                       Lanes<C> totals[kMetricDots]) {
+  using Vec = typename VectorOf<C>::type;
+  for (int first = 0; first < kVecs; first += kGroup) {
+    Vec sums[kMetricDots][kGroup] = {};
+    for (int i = 0; i < rounds; ++i) {
+      if (kGroup < kVecs && first == 0)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          f.prefetch((kRun + i) * kLanes + v * 16);
+          r.prefetch((kRun + i) * kLanes + v * 16);
+          moments.prefetch((kRun + i) * kLanes + v * 16);
+        }
+#pragma GCC unroll 4
+      for (int v = 0; v < kGroup; ++v) {
+        const int64_t at = i * kLanes + (first + v) * 16;
+        Vec x, y, moment;
+        f.load16(x, at);
+        r.load16(y, at);
+        moments.load16(moment, at, y, metric);
+        add_metric_dots(x, y, moment, metric, [&](int k, const Vec& value) { sums[k][v] += value; });
+      }
+    }
+    for (int k = 0; k < kMetricDots; ++k)
+      for (int v = 0; v < kGroup; ++v) totals[k].add((first + v) * 16, sums[k][v]);
+  }
+}
+
+template <class F, class R, class M, class C>
+void metric_dots(F f, R r, M moments, int64_t n, const MetricConstants<C>& metric, double out[kMetricDots]) {
+  Lanes<C> totals[kMetricDots];
+  int64_t i = 0;
+  for (; i + kRun * kLanes <= n; i += kRun * kLanes)
+    metric_run<kGroupVecsMetric>(f.from(i), r.from(i), moments.from(i), kRun, metric, totals);
+  const int rounds = int((n - i) / kLanes);
+  if (rounds) metric_run<kGroupVecsMetric>(f.from(i), r.from(i), moments.from(i), rounds, metric, totals);
+  i += rounds * kLanes;
+  for (int j = 0; i < n; ++i, ++j) {
+    const C x = C(f.load(i)), y = C(r.load(i));
+    add_metric_dots(x, y, moments.load(i, y, metric), metric, [&](int k, C value) { totals[k].sum[j] += value; });
+  }
+  for (int k = 0; k < kMetricDots; ++k) out[k] = totals[k].total();
+}
+
+template <class P, class G>
+void metric_dots(const void* v, const void* vmax, const Pair& pair, const Metric& metric, double out[kMetricDots]) {
+  const MetricConstants<Compute<P>> constants(metric);
+  const auto sum = [&](auto f, auto r) {
+    const P *const vs = static_cast<const P*>(v), *const vmaxs = static_cast<const P*>(vmax);
+    vmax ? metric_dots(f, r, Moments<P, true>{vs, vmaxs}, pair.numel, constants, out)
+         : metric_dots(f, r, Moments<P, false>{vs, nullptr}, pair.numel, constants, out);
+  };
+  if (pair.forget && pair.retain) return with_sources<G>(pair, sum);
+  if (pair.forget)
+    sum(plain<G>(pair.forget), Zeros<G>());
+  else
+    sum(Zeros<G>(), plain<G>(pair.retain));
+  out[0] = out[3] = 0;  // Where what is there is not finite.
+}
+
 // The two gradients of an element as one.
 template <class F, class R, class C>
 struct Both {
@@ -290,12 +464,14 @@ struct Both {
   R retain;
   C a, b;
   C operator()(int64_t i) const { return b * retain.load(i) + a * C(forget.load(i)); }
+  C retain_at(int64_t i) const { return retain.load(i); }
 };
-template <class G, class C>
+template <class G, class C, bool kIsRetain>
 struct Lone {
   G grad;
   C weight;
   C operator()(int64_t i) const { return weight * grad.load(i); }
+  C retain_at(int64_t i) const { return kIsRetain ? grad.load(i) : C(0); }
 };
 
 // Call body(first, count, u) for the stretches of a pair, u(i) being the update of element first + i. It is a type of its own
@@ -304,8 +480,8 @@ template <class T, class Body>
 void with_update(const Pair& pair, double a64, double b64, const Body& body) {
   using C = Compute<T>;
   const C a = C(a64), b = C(b64);
-  if (!pair.forget) return body(int64_t(0), pair.numel, Lone<Plain<T>, C>{plain<T>(pair.retain), b});
-  if (!pair.retain) return body(int64_t(0), pair.numel, Lone<Plain<T>, C>{plain<T>(pair.forget), a});
+  if (!pair.forget) return body(int64_t(0), pair.numel, Lone<Plain<T>, C, true>{plain<T>(pair.retain), b});
+  if (!pair.retain) return body(int64_t(0), pair.numel, Lone<Plain<T>, C, false>{plain<T>(pair.forget), a});
   with_sources<T>(pair, [&](auto forget, Plain<T> retain) {
     for_each_stretch(forget, pair.numel, [&](int64_t first, int64_t count, auto f) {
       body(first, count, Both<decltype(f), Plain<T>, C>{f, {retain.x + first}, a, b});
@@ -324,29 +500,42 @@ void blend(const Pair& pair, double a, double b) {
   });
 }
 
+template <class P, class G>
+void metric_blend(void* v, const Pair& pair, double a, double b, const Metric& metric) {
+  const Plain<G> out = plain<G>(pair.retain ? pair.retain : pair.forget);
+  const MetricConstants<Compute<P>> constants(metric);
+  with_update<G>(pair, a, b, [&](int64_t first, int64_t count, auto u) {
+    G* const to = out.x + first;
+    P* const moments = static_cast<P*>(v) + first;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      store(moments[i], constants.moment(load(moments[i]), Compute<P>(u.retain_at(i))));
+      store(to[i], u(i));
+    }
+  });
+}
+
 template <class C>
 struct AdamConstants {
-  C decay, beta1, beta2, rest1, rest2, eps, step_size, correction2_sqrt;
+  C shrink, decay, beta1, beta2, rest1, rest2, eps, step_size, correction2_sqrt;
 
   AdamConstants(double step, const AdamOptions& o)
-      : decay(C(o.decoupled ? 1 - o.lr * o.weight_decay : o.weight_decay)), beta1(C(o.beta1)), beta2(C(o.beta2)),
+      : shrink(C(o.decoupled ? 1 - o.lr * o.weight_decay : 1)), decay(C(o.decoupled ? 0 : o.weight_decay)),
+        beta1(C(o.beta1)), beta2(C(o.beta2)),
         rest1(C(1 - o.beta1)), rest2(C(1 - o.beta2)), eps(C(o.eps)), step_size(C(o.lr / (1 - std::pow(o.beta1, step)))),
         correction2_sqrt(C(std::sqrt(1 - std::pow(o.beta2, step)))) {}
 };
 
-template <class P, bool kAmsgrad, bool kDecoupled, class U>
+template <class P, bool kAmsgrad, bool kMetric, class U>
 void adam_loop(P* __restrict p, P* __restrict m, P* __restrict v, P* __restrict vmax, U u, int64_t n,
-               const AdamConstants<Compute<P>> o) {
+               const AdamConstants<Compute<P>> o, const MetricConstants<Compute<P>> metric) {
   using C = Compute<P>;
   for (int64_t i = 0; i < n; ++i) {
-    C param = load(p[i]);
-    C grad = C(u(i));
-    if constexpr (kDecoupled)
-      param *= o.decay;
-    else
-      grad += o.decay * param;
+    const C param = o.shrink * load(p[i]);  // Multiplied with 1, or 0 added below, as the weight decay is the other one.
+    const C grad = C(u(i)) + o.decay * param;
     const C m_new = o.beta1 * load(m[i]) + o.rest1 * grad;
-    const C v_new = o.beta2 * load(v[i]) + o.rest2 * grad * grad;
+    const C v_new = kMetric ? metric.moment(C(load(v[i])), C(u.retain_at(i)))
+                            : C(o.beta2 * load(v[i]) + o.rest2 * grad * grad);
     store(m[i], m_new);
     store(v[i], v_new);
     C second = v_new;
@@ -355,8 +544,20 @@ void adam_loop(P* __restrict p, P* __restrict m, P* __restrict v, P* __restrict 
       second = seen < v_new ? v_new : seen;
       store(vmax[i], second);
     }
-    store(p[i], param - o.step_size * m_new / (std::sqrt(second) / o.correction2_sqrt + o.eps));
+    const C denominator = kMetric ? metric.denominator(C(second * metric.inverse_correction))
+                                  : C(std::sqrt(second) / o.correction2_sqrt + o.eps);
+    store(p[i], param - o.step_size * m_new / denominator);
   }
+}
+
+// Call visit with the flags as types, so that they can be template arguments.
+template <class Visitor>
+void with_flags(const Visitor& visit) {
+  visit();
+}
+template <class Visitor, class... Flags>
+void with_flags(const Visitor& visit, bool flag, Flags... flags) {
+  with_flags([&](auto... rest) { flag ? visit(std::true_type(), rest...) : visit(std::false_type(), rest...); }, flags...);
 }
 
 template <class T>
@@ -365,23 +566,24 @@ T* at(void* base, int64_t offset) {
 }
 
 template <class P, class G>
-void adam(void* p, void* m, void* v, void* vmax, const Pair& pair, double a, double b, double step, const AdamOptions& o) {
+void adam(void* p, void* m, void* v, void* vmax, const Pair& pair, double a, double b, double step, const AdamOptions& o,
+          const Metric* metric) {
   const AdamConstants<Compute<P>> constants(step, o);
+  const MetricConstants<Compute<P>> in_metric(metric ? *metric : Metric{});
   const double sign = o.maximize ? -1 : 1;
   with_update<G>(pair, sign * a, sign * b, [&](int64_t first, int64_t count, auto u) {
     const auto run = [&](auto loop) {
-      loop(at<P>(p, first), at<P>(m, first), at<P>(v, first), at<P>(vmax, first), u, count, constants);
+      loop(at<P>(p, first), at<P>(m, first), at<P>(v, first), at<P>(vmax, first), u, count, constants, in_metric);
     };
     using U = decltype(u);
-    if (o.amsgrad)
-      o.decoupled ? run(adam_loop<P, true, true, U>) : run(adam_loop<P, true, false, U>);
-    else
-      o.decoupled ? run(adam_loop<P, false, true, U>) : run(adam_loop<P, false, false, U>);
+    with_flags([&](auto amsgrad, auto has_metric) { run(adam_loop<P, amsgrad, has_metric, U>); }, o.amsgrad,
+               metric != nullptr);
   });
 }
 
-template <class P, bool kMomentum, bool kNesterov, class U>
-void sgd_loop(P* __restrict p, P* __restrict buffer, U u, int64_t n, const SgdOptions& o) {
+template <class P, bool kMomentum, bool kNesterov, bool kMetric, class U>
+void sgd_loop(P* __restrict p, P* __restrict buffer, P* __restrict v, U u, int64_t n, const SgdOptions& o,
+              const MetricConstants<Compute<P>> metric) {
   using C = Compute<P>;
   const C lr = C(o.lr), decay = C(o.weight_decay), momentum = C(o.momentum);
   // The first step starts the buffer with the gradient itself, undamped.
@@ -394,20 +596,27 @@ void sgd_loop(P* __restrict p, P* __restrict buffer, U u, int64_t n, const SgdOp
       store(buffer[i], moved);
       grad = kNesterov ? grad + momentum * moved : moved;
     }
+    if constexpr (kMetric) {
+      const C v_new = metric.moment(C(load(v[i])), C(u.retain_at(i)));
+      store(v[i], v_new);
+      grad = grad / metric.denominator(C(v_new * metric.inverse_correction));
+    }
     store(p[i], param - lr * grad);
   }
 }
 
 template <class P, class G>
-void sgd(void* p, void* buffer, const Pair& pair, double a, double b, const SgdOptions& o) {
+void sgd(void* p, void* buffer, void* v, const Pair& pair, double a, double b, const SgdOptions& o, const Metric* metric) {
+  const MetricConstants<Compute<P>> in_metric(metric ? *metric : Metric{});
   const double sign = o.maximize ? -1 : 1;
   with_update<G>(pair, sign * a, sign * b, [&](int64_t first, int64_t count, auto u) {
-    const auto run = [&](auto loop) { loop(at<P>(p, first), at<P>(buffer, first), u, count, o); };
+    const auto run = [&](auto loop) {
+      loop(at<P>(p, first), at<P>(buffer, first), at<P>(v, first), u, count, o, in_metric);
+    };
     using U = decltype(u);
-    if (!buffer)
-      run(sgd_loop<P, false, false, U>);
-    else
-      o.nesterov ? run(sgd_loop<P, true, true, U>) : run(sgd_loop<P, true, false, U>);
+    with_flags([&](auto has_buffer, auto nesterov, auto has_metric) {
+      run(sgd_loop<P, has_buffer, has_buffer && nesterov, has_metric, U>);
+    }, buffer != nullptr, o.nesterov, metric != nullptr);
   });
 }
 
@@ -438,15 +647,25 @@ constexpr Kernels make_kernels(const char* name) {
       name,
       [](const Pair& pair, double out[3]) { with_dtype(pair.dtype, [&](auto t) { dots<decltype(t)>(pair, out); }); },
       [](const Pair& pair, double a, double b) { with_dtype(pair.dtype, [&](auto t) { blend<decltype(t)>(pair, a, b); }); },
+      [](Dtype param, const void* v, const void* vmax, const Pair& pair, const Metric& metric, double out[kMetricDots]) {
+        with_dtypes(param, pair.dtype,
+                    [&](auto pt, auto gt) { metric_dots<decltype(pt), decltype(gt)>(v, vmax, pair, metric, out); });
+      },
+      [](Dtype param, void* v, const Pair& pair, double a, double b, const Metric& metric) {
+        with_dtypes(param, pair.dtype,
+                    [&](auto pt, auto gt) { metric_blend<decltype(pt), decltype(gt)>(v, pair, a, b, metric); });
+      },
       [](Dtype param, void* p, void* m, void* v, void* vmax, const Pair& pair, double a, double b, double step,
-         const AdamOptions& o) {
+         const AdamOptions& o, const Metric* metric) {
         with_dtypes(param, pair.dtype, [&](auto pt, auto gt) {
-          adam<decltype(pt), decltype(gt)>(p, m, v, vmax, pair, a, b, step, o);
+          adam<decltype(pt), decltype(gt)>(p, m, v, vmax, pair, a, b, step, o, metric);
         });
       },
-      [](Dtype param, void* p, void* buffer, const Pair& pair, double a, double b, const SgdOptions& o) {
-        with_dtypes(param, pair.dtype,
-                    [&](auto pt, auto gt) { sgd<decltype(pt), decltype(gt)>(p, buffer, pair, a, b, o); });
+      [](Dtype param, void* p, void* buffer, void* v, const Pair& pair, double a, double b, const SgdOptions& o,
+         const Metric* metric) {
+        with_dtypes(param, pair.dtype, [&](auto pt, auto gt) {
+          sgd<decltype(pt), decltype(gt)>(p, buffer, v, pair, a, b, o, metric);
+        });
       },
   };
 }
