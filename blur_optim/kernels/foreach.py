@@ -215,9 +215,7 @@ def _write(out: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
     out.copy_(value if found_inf is None else torch.where(found_inf > 0, out.to(value.dtype), value))
 
 
-def _metric_slab_dots(
-    f: Tensor, r: Tensor, v: Tensor, seen: Sequence[Tensor], numbers: Sequence[Tensor]
-) -> Tensor:
+def _metric_slab_dots(f: Tensor, r: Tensor, v: Tensor, seen: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
     """``[9, chunks]`` float64 partial sums."""
     dtype = numbers[0].dtype
     second = _moment(v, r, numbers)

@@ -1,6 +1,7 @@
 """The compiled backend: ``csrc/`` behind torch operators, loaded when it is first needed."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,13 +13,17 @@ from torch.autograd.graph import increment_version
 from blur_optim.kernels import foreach
 from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense
 
-LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+#: Environment variable that names another build of the extension than the installed one.
+LIBRARY_VARIABLE = "BLUR_OPTIM_LIBRARY"
+LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parents[1] / "_C.abi3.so")
 
 
 @functools.cache
 def _load() -> str:
     """Load the library; the reason why it cannot be, or an empty string."""
     if not LIBRARY.exists():
+        if os.environ.get(LIBRARY_VARIABLE):
+            return f"`{LIBRARY_VARIABLE}` must name a build of the extension, and {LIBRARY} does not exist."
         return (
             "the extension is not built. Install from source with a C++ compiler at hand, or a wheel that holds it; "
             "`python -m blur_optim.env` shows what was found."
@@ -120,9 +125,7 @@ def multi_tensor_metric_blend_(
     increment_version([*v, *(x if x.numel() else y for x, y in zip(r, f, strict=True))])
 
 
-def in_order_of_gradients(
-    state: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor]
-) -> list[Tensor]:
+def in_order_of_gradients(state: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[Tensor]:
     """``state`` with the elements of each tensor in the order of its gradients': as they are, or copies."""
     grads = (f if f.numel() else r for f, r in zip(forget, retain, strict=True))
     return [in_order_of(t, grad) for t, grad in zip(state, grads, strict=True)] if state else []

@@ -61,7 +61,15 @@ def multi_tensor_metric_dots(
         p = 1 / _denominator(corrected, metric[i])
         euclidean = [r @ f, f @ f, r @ r]
         dots[rows[i]] += torch.stack(
-            [*euclidean, r @ (p * f), f @ (p * f), r @ (p * r), (p * f) @ (p * f), (p * f).pow(4).sum(), corrected.sum()]
+            [
+                *euclidean,
+                r @ (p * f),
+                f @ (p * f),
+                r @ (p * r),
+                (p * f) @ (p * f),
+                (p * f).pow(4).sum(),
+                corrected.sum(),
+            ]
         )
     return dots
 

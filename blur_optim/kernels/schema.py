@@ -36,6 +36,13 @@ def _in_place(*args: Any, **kwargs: Any) -> None:
 
 torch.library.register_fake("blur_optim::multi_tensor_dots", _multi_tensor_dots)
 torch.library.register_fake("blur_optim::multi_tensor_metric_dots", _multi_tensor_metric_dots)
-_IN_PLACE = ("multi_tensor_blend_", "fused_adamw_", "fused_sgd_", "multi_tensor_metric_blend_", "metric_adamw_", "metric_sgd_")
+_IN_PLACE = (
+    "multi_tensor_blend_",
+    "fused_adamw_",
+    "fused_sgd_",
+    "multi_tensor_metric_blend_",
+    "metric_adamw_",
+    "metric_sgd_",
+)
 for _name in _IN_PLACE:
     torch.library.register_fake(f"blur_optim::{_name}", _in_place)

@@ -569,12 +569,13 @@ def adam_kernel(
     numbers = (sign * a, sign * b, beta1, rest1, beta2, rest2, eps, decay.to(COMPUTE), step_size, bias2_sqrt)
     metric = None if metric_ptr is None else _metric_numbers(metric_ptr, line_ptr, COMPUTE)
 
-    FLAGS: tl.constexpr = (FORGET, RETAIN, AMSGRAD, DECOUPLED)
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        _adam_block(gradients, state, numbers, metric, i, None, *FLAGS, COMPUTE, BLOCK_SIZE)
+        _adam_block(gradients, state, numbers, metric, i, None, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE)
     if whole < count:
-        _adam_block(gradients, state, numbers, metric, whole, count, *FLAGS, COMPUTE, BLOCK_SIZE)
+        _adam_block(
+            gradients, state, numbers, metric, whole, count, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE
+        )
 
 
 @triton.jit
@@ -653,9 +654,26 @@ def sgd_kernel(
     take = tl.load(numbers_ptr + 3).to(COMPUTE)
     numbers = (sign * a, sign * b, tl.load(lr_ptr).to(COMPUTE), decay, momentum, take)
 
-    FLAGS: tl.constexpr = (FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP)
+    # Each flag by itself: Triton 3.6, which torch 2.10 and 2.11 bring, does not compile a call with starred arguments.
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        _sgd_block(gradients, state, numbers, metric, i, None, *FLAGS, COMPUTE, BLOCK_SIZE)
+        _sgd_block(
+            gradients,
+            state,
+            numbers,
+            metric,
+            i,
+            None,
+            FORGET,
+            RETAIN,
+            MOMENTUM,
+            NESTEROV,
+            FIRST_STEP,
+            COMPUTE,
+            BLOCK_SIZE,
+        )
     if whole < count:
-        _sgd_block(gradients, state, numbers, metric, whole, count, *FLAGS, COMPUTE, BLOCK_SIZE)
+        _sgd_block(
+            gradients, state, numbers, metric, whole, count,
+            FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP, COMPUTE, BLOCK_SIZE,
+        )  # fmt: skip
