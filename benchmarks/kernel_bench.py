@@ -48,6 +48,9 @@ class Problem:
         self.steps = torch.full((tensors,), 2.0, device=device)
         self.lr = torch.full((), 1e-5, dtype=torch.float64, device=device)
         self.coefficients = torch.tensor([[0.3, 1.0]], dtype=torch.float64, device=device)
+        beta2, damping = HYPERPARAMETERS["beta2"], 0.01  # Of a mean of 1.
+        numbers = [beta2, 1 - beta2, 1 / (1 - beta2**2), damping, HYPERPARAMETERS["eps"]]
+        self.metric = torch.tensor([numbers] * tensors, dtype=torch.float64, device=device)
 
     @property
     def pair_bytes(self) -> int:
@@ -114,6 +117,39 @@ class Problem:
             self.set_grads(self.retain)
             self.adamw.step()
 
+    def metric_dots(self, kernels: Backend) -> Tensor:
+        moments = self.state("exp_avg_sq"), []
+        return kernels.multi_tensor_metric_dots(
+            self.forget, self.retain, *moments, self.rows, 1, self.metric, self.scales
+        )
+
+    def metric_adamw_(self, kernels: Backend, coefficients: Tensor | None = None) -> None:
+        state = [p.detach() for p in self.params], self.state("exp_avg"), self.state("exp_avg_sq"), []
+        weights = self.coefficients if coefficients is None else coefficients
+        kernels.metric_adamw_(
+            *state,
+            self.forget,
+            self.retain,
+            self.rows,
+            weights,
+            self.steps,
+            self.lr,
+            self.metric,
+            beta1=HYPERPARAMETERS["beta1"],
+            weight_decay=HYPERPARAMETERS["weight_decay"],
+            amsgrad=False,
+            maximize=False,
+            decoupled=True,
+            found_inf=None,
+            scales=self.scales,
+        )
+
+    def metric_whole_(self, kernels: Backend) -> None:
+        dots = self.metric_dots(kernels)
+        scale = (self.numel / dots[:, 6]).sqrt()
+        xi = GAMMA * scale - dots[:, 3] / dots[:, 4]
+        self.metric_adamw_(kernels, torch.stack([xi, torch.ones_like(xi)], dim=1))
+
     def original_(self) -> None:
         self.set_grads(original_update(self.forget, self.retain, GAMMA))
         self.adamw.step()
@@ -161,6 +197,32 @@ def adamw_error(problem: Problem, kernels: FusedBackend) -> float:
     return float((p.double() - exact.detach()).abs().max() / (exact.detach() - before).abs().max())
 
 
+def metric_dots_error(problem: Problem, kernels: Backend) -> float:
+    """Relative to the product of the norms in the metric, or the plain ones."""
+    actual, expected = (problem.metric_dots(k).double()[0] for k in (kernels, cast(Backend, reference)))
+    rf, ff, rr, rpf, fpf, rpr = expected[:6].abs()
+    size = torch.stack([(ff * rr).sqrt(), ff, rr, (fpf * rpr).sqrt(), fpf, rpr, *expected[6:]])
+    assert (rf <= size[0]) and (rpf <= size[3])
+    return float(((actual - expected).abs() / size).max())
+
+
+def metric_adamw_error(problem: Problem, kernels: Backend) -> float:
+    """Of the step of one parameter tensor, against the reference, relative to its largest element."""
+    n = min(problem.forget[0].numel(), 10_000)
+    lists = [
+        [t[0].detach()[:n].clone()] for t in (problem.params, problem.state("exp_avg"), problem.state("exp_avg_sq"))
+    ]
+    exact = [[t[0].double()] for t in lists]
+    gradients = [problem.forget[0][:n]], [problem.retain[0][:n]], [0], problem.coefficients
+    options = {"beta1": HYPERPARAMETERS["beta1"], "weight_decay": HYPERPARAMETERS["weight_decay"], "found_inf": None}
+    options |= {"amsgrad": False, "maximize": False, "decoupled": True}
+    options["scales"] = [problem.scales[0][: -(-n // BLOCK_SIZE)]] if problem.scales else []
+    before = exact[0][0].clone()
+    for backend, state in ((kernels, lists), (cast(Backend, reference), exact)):
+        backend.metric_adamw_(*state, [], *gradients, problem.steps[:1], problem.lr, problem.metric[:1], **options)
+    return float((lists[0][0].double() - exact[0][0]).abs().max() / (exact[0][0] - before).abs().max())
+
+
 def operations(problem: Problem, names: Sequence[str], compiled: bool) -> dict[str, list[Candidate]]:
     """Every candidate, checked against the reference; those that are wrong raise here, before anything is timed."""
     g, s, pair = problem.grad_bytes, problem.state_bytes, problem.pair_bytes
@@ -202,7 +264,32 @@ def operations(problem: Problem, names: Sequence[str], compiled: bool) -> dict[s
     whole = [Candidate(name, lambda k=k: problem.whole_(k), 2 * pair + 2 * s) for name, k in backends.items()]
     if plain:
         whole.append(Candidate("original code", problem.original_))
-    return {"dots": dots, "blend": blend, "AdamW on two gradients": adamw, "whole update": whole}
+    return {
+        "dots": dots,
+        "blend": blend,
+        "AdamW on two gradients": adamw,
+        "whole update": whole,
+        **metric_operations(problem, backends),
+    }
+
+
+def metric_operations(problem: Problem, backends: dict[str, Backend]) -> dict[str, list[Candidate]]:
+    """The same in the metric of the retain loss, which every backend has."""
+    s, pair = problem.state_bytes, problem.pair_bytes
+    dots = [Candidate(name, lambda k=k: problem.metric_dots(k), pair + s // 3) for name, k in backends.items()]
+    for candidate in dots:
+        candidate.error = metric_dots_error(problem, backends[candidate.name])
+        if candidate.error > 1e-6:
+            raise AssertionError(f"dots in the metric of {candidate.name} are wrong: error {candidate.error}")
+    adamw = [Candidate(name, lambda k=k: problem.metric_adamw_(k), pair + 2 * s) for name, k in backends.items()]
+    for candidate in adamw:
+        candidate.error = metric_adamw_error(problem, backends[candidate.name])
+        if candidate.error > 5e-2:  # As for AdamW above.
+            raise AssertionError(f"AdamW in the metric of {candidate.name} is wrong: error {candidate.error}")
+    whole = [
+        Candidate(name, lambda k=k: problem.metric_whole_(k), 2 * pair + s // 3 + 2 * s) for name, k in backends.items()
+    ]
+    return {"dots in the metric": dots, "AdamW in the metric": adamw, "whole update in the metric": whole}
 
 
 def run(arguments: argparse.Namespace, console: Console) -> list[Result]:

@@ -53,7 +53,7 @@ def multi_tensor_metric_dots(
 ) -> Tensor:
     dots = torch.zeros(num_rows, 9, dtype=torch.float64, device=forget[0].device if forget else None)
     for i, (f, r, v) in enumerate(zip(_in_float64(forget, scales), retain, exp_avg_sqs, strict=True)):
-        f, r = (_present(t, v).flatten() for t in (f, r))
+        f, r = (_present(t.double(), v).flatten() for t in (f, r))
         second = _moment(v, r.view_as(v), metric[i])
         if max_exp_avg_sqs:
             second = torch.maximum(second, max_exp_avg_sqs[i].double())

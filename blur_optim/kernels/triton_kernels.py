@@ -183,7 +183,7 @@ def dots_kernel(
     tl.store(out_ptr + 2, tl.sum(rr.to(tl.float64), axis=0))
 
 
-# -- The metric of the retain loss ---------------------------------------------------------------------------------------
+# -- The metric of the retain loss -------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -511,10 +511,7 @@ def _adam_block(
         seen = _load(vmax_ptr, first, count, COMPUTE, BLOCK_SIZE)
         v = tl.where(seen < v, v, seen)
         _store(vmax_ptr, first, count, v, BLOCK_SIZE)
-    if metric is None:
-        denominator = _divide(_sqrt(v), bias2_sqrt) + eps
-    else:
-        denominator = _metric_denominator(v, metric)
+    denominator = _divide(_sqrt(v), bias2_sqrt) + eps if metric is None else _metric_denominator(v, metric)
     param = param - _divide(step_size * m, denominator)
     _store(p_ptr, first, count, param, BLOCK_SIZE)
 

@@ -10,7 +10,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace {
-constexpr int kGroupVecs = 2, kGroupVecs16Bit = 1, kGroupVecsMetric = 1;
+constexpr int kGroupVecs = 2, kGroupVecs16Bit = 1;
 }
 // The compiler's own macros follow the command line, not the pragma.
 #define BLUR_OPTIM_AVX2 1

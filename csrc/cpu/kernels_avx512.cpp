@@ -10,7 +10,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace {
-constexpr int kGroupVecs = 4, kGroupVecs16Bit = 4, kGroupVecsMetric = 2;
+constexpr int kGroupVecs = 4, kGroupVecs16Bit = 4;
 }
 // The compiler's own macros follow the command line, not the pragma.
 #define BLUR_OPTIM_AVX512 1

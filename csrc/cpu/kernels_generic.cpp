@@ -2,7 +2,7 @@
 #include <cstring>
 
 namespace {
-constexpr int kGroupVecs = 1, kGroupVecs16Bit = 1, kGroupVecsMetric = 1;
+constexpr int kGroupVecs = 1, kGroupVecs16Bit = 1;
 }
 #include "kernels_impl.h"
 
