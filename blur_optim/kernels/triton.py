@@ -107,15 +107,20 @@ def multi_tensor_metric_dots(
     if not forget:
         return torch.zeros(num_rows, 9, dtype=torch.float64)
     forget, retain = in_one_order(forget, retain)
-    state = {"exp_avg_sqs": in_order_of_gradients(exp_avg_sqs, forget, retain)}
+    state: dict[str, Sequence[Tensor]] = {"exp_avg_sqs": in_order_of_gradients(exp_avg_sqs, forget, retain)}
     if max_exp_avg_sqs:
         state["max_exp_avg_sqs"] = in_order_of_gradients(max_exp_avg_sqs, forget, retain)
     device = forget[0].device
     plan = _make_plan(forget, retain, scales, state, rows, num_rows)
     partials = torch.empty(plan.num_chunks, 9, dtype=torch.float64, device=device)
     dots = torch.empty(num_rows, 9, dtype=torch.float64, device=device)
-    metric = _checked_metric(metric, len(forget))
-    _run_plan(_kernels().metric_dots_kernel, plan, partials, metric, AMSGRAD=len(state) == 2)
+    _run_plan(
+        _kernels().metric_dots_kernel,
+        plan,
+        partials,
+        _checked_metric(metric, len(forget)),
+        AMSGRAD=len(state) == 2,
+    )
     _sum_rows(partials, plan.row_starts, dots)
     return dots
 
@@ -135,11 +140,12 @@ def multi_tensor_metric_blend_(
         return
     f, r, v = ([tensors[i] for i in dense] for tensors in (forget, retain, exp_avg_sqs))
     scales = [scales[i] for i in dense] if scales else []
-    metric = _checked_metric(metric, len(retain))
     metric = metric if len(dense) == len(retain) else metric[dense]
     plan = _make_plan(f, r, scales, {"exp_avg_sqs": v}, [rows[i] for i in dense], len(coefficients))
     increment_version([*v, *(y if y.numel() else x for x, y in zip(f, r, strict=True))])
-    _run_plan(_kernels().metric_blend_kernel, plan, coefficients.contiguous(), metric, found_inf)
+    _run_plan(
+        _kernels().metric_blend_kernel, plan, coefficients.contiguous(), _checked_metric(metric, len(r)), found_inf
+    )
 
 
 def fused_adamw_(

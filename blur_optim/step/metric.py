@@ -49,8 +49,8 @@ def check_metric_base(base: Optimizer) -> None:
     """
     if type(base) not in (AdamW, Adam, SGD):
         raise TypeError(
-            f"`base` must be AdamW, Adam or SGD with metric='retain', got {type(base).__name__}: the step is taken with "
-            "a second moment of the retain gradient alone, which its own step would feed with the update. Use "
+            f"`base` must be AdamW, Adam or SGD with metric='retain', got {type(base).__name__}: the step is taken "
+            "with a second moment of the retain gradient alone, which its own step would feed with the update. Use "
             "metric='euclidean', or one of these three."
         )
     for group in base.param_groups:
@@ -78,7 +78,7 @@ def metric_defaults(base: Optimizer) -> dict[str, Any]:
 
 def check_beta(value: Any) -> None:
     """Refuse a rate of v that is none."""
-    if not (isinstance(value, Real) and 0 <= value < 1):
+    if not (isinstance(value, Real) and 0 <= float(value) < 1):
         raise ValueError(f"`{BETA}` must be a number in [0, 1), got {value!r}.")
 
 

@@ -216,8 +216,8 @@ class TwoPhaseStep:
                 group.pop("retain_mean_sq", None)
             warnings.warn(
                 "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the "
-                "retain gradient, which may be smaller than that of the update by far, and the first steps larger. Pass "
-                "metric='retain' here too, or lower the rate until it is forgotten.",
+                "retain gradient, which may be smaller than that of the update by far, and the first steps larger. "
+                "Pass metric='retain' here too, or lower the rate until it is forgotten.",
                 stacklevel=3,
             )
 

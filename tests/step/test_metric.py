@@ -1,17 +1,12 @@
 """Steps in the metric of the retain loss against the equations, written down once more in float64."""
 
-import copy
-import io
 
 import pytest
 import torch
 from helpers import (
     Problem,
     assert_params_close,
-    assert_same_bits,
     backends,
-    run_phases,
-    snapshot,
     step_by_closures,
     step_by_phases,
 )
@@ -169,7 +164,7 @@ def test_the_scale_of_the_forget_loss_does_not_matter(backend):
 
 @backends
 def test_a_vanishing_forget_gradient_fades(backend):
-    """Below the floor the forget term is proportional to the gradient; at zero it is gone, and the step AdamW's on g_r."""
+    """Below the floor the forget term is proportional to the gradient; at zero the step is AdamW's on g_r."""
     problem, opt = make(backend=backend, damping=0.0, weight_decay=0.0, rule="weighted_sum")
     twin = Problem()
     plain = AdamW(twin.params, lr=0.1, weight_decay=0.0)
