@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blur_optim.losses.fingerprints import missing_keys
+from blur_optim.parallel.fsdp1 import fsdp1_ids
 from blur_optim.parallel.ranks import is_dtensor
-from blur_optim.parallel.wrappers import fsdp1_ids
 
 NO_BATCHES = "`batches` must yield at least one batch, got none. Is it an exhausted iterator?"
 

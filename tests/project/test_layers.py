@@ -24,7 +24,13 @@ LAYERS = [
     "kernels.triton",
     "kernels.select",
     "kernels",
+    "optimizer_wrapper",
     "parallel",
+    "parallel.instances",
+    "parallel.data_parallel",
+    "parallel.fsdp1",
+    "parallel.fsdp2",
+    "parallel.engines",
     "parallel.wrappers",
     "parallel.ranks",
     "losses.checks",
@@ -39,6 +45,7 @@ LAYERS = [
     "losses",
     "step",
     "step.rules",
+    "step.settings",
     "step.stash",
     "step.gradients",
     "step.projection",
@@ -47,6 +54,7 @@ LAYERS = [
     "step.phases",
     "step.base",
     "step.fused",
+    "step.two_phase",
     "env",
     "optimizer",
     "record.record_file",
@@ -102,6 +110,10 @@ def test_imports_go_down(name):
 
 def test_the_optimizer_is_found_to_import_the_rules():
     assert "step.rules" in imported(MODULES["optimizer"])
+
+
+def test_the_optimizer_wrapper_stands_alone():
+    assert imported(MODULES["optimizer_wrapper"]) == set()
 
 
 def test_importing_is_light():
