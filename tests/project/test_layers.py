@@ -60,6 +60,7 @@ LAYERS = [
     "integrations.trainer_step",
     "integrations.record",
     "integrations.transformers",
+    "integrations.split_loss",
     "integrations.open_unlearning",
     "integrations.lightning",
 ]
