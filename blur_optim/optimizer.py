@@ -176,6 +176,10 @@ class BLUR(OptimizerWrapper):
         skipped = self._two_phase.skipped
         return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
 
+    def params_by_group(self) -> list[list[Tensor]]:
+        """The parameters whose gradients are combined, by param group; the same that ``statistics.params`` are of."""
+        return [list(group["params"]) for group in self.param_groups]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. Outside a phase this also discards forget gradients that wait for their retain phase."""
         super().zero_grad(set_to_none)
