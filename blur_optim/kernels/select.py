@@ -58,9 +58,9 @@ class Backend(Protocol):
 
     # In the metric of the retain loss. ``metric`` is ``[len(forget), 5]`` float64 on the tensors' device: for each
     # tensor beta2, the weight of r^2 in the second moment (1 - beta2, over the square of the loss scale), the inverse
-    # of its bias correction, the damping, eps. With the second moment s = beta2 v + weight r^2 that this step makes (with
-    # amsgrad the largest so far), P = 1 / (sqrt(s * correction + damping) + eps). An absent retain gradient counts as
-    # zeros: v decays.
+    # of its bias correction, the damping, eps. With the second moment s = beta2 v + weight r^2 that this step makes
+    # (with amsgrad the largest so far), P = 1 / (sqrt(s * correction + damping) + eps). An absent retain gradient
+    # counts as zeros: v decays.
 
     def multi_tensor_metric_dots(
         self,

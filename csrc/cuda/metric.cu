@@ -14,7 +14,7 @@ using MetricDotsTable = Table<5, MetricDotsOptions>;
 using MetricBlendTable = Table<4, DeviceScalars>;
 
 template <class P, class G, class F, bool kAmsgrad>
-__global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0)
+__global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : kMinBlocks)
     metric_dots_kernel(const __grid_constant__ MetricDotsTable table) {
   using C = Compute<P>;
   constexpr int N = kPack<P, G, F>;
@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0)
 }
 
 template <class P, class G, class F>
-__global__ void __launch_bounds__(kBlock) metric_blend_kernel(const __grid_constant__ MetricBlendTable table) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    metric_blend_kernel(const __grid_constant__ MetricBlendTable table) {
   using C = Compute<P>;
   constexpr int N = kPack<P, G, F>;
   const Piece piece = locate(table, blockIdx.x);

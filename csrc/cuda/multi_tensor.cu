@@ -13,7 +13,7 @@ struct BlendOptions {
 using BlendTable = Table<3, BlendOptions>;
 
 template <class G, class F>
-__global__ void __launch_bounds__(kBlock) dots_kernel(const __grid_constant__ DotsTable table) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) dots_kernel(const __grid_constant__ DotsTable table) {
   using C = Compute<G>;
   constexpr int N = kPack<G, F>;
   static_assert(std::is_same_v<C, double> || kChunk / (kBlock * N) <= kRun);
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kBlock) dots_kernel(const __grid_constant__ Do
   const auto& entry = table.entries[piece.entry];
   const Gradients<G, F> g(entry, piece.offset);
   C rf[N] = {}, ff[N] = {}, rr[N] = {};
-  for_each_pack<N, 4>(piece.numel, aligned<N>(g.forget, g.retain), [&](int i, auto access) {
+  for_each_pack<N, kDotsUnroll>(piece.numel, aligned<N>(g.forget, g.retain), [&](int i, auto access) {
     F x[N];
     G y[N];
     access.read(x, g.forget + i);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kBlock) dots_kernel(const __grid_constant__ Do
 }
 
 template <class G, class F>
-__global__ void __launch_bounds__(kBlock) blend_kernel(const __grid_constant__ BlendTable table) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) blend_kernel(const __grid_constant__ BlendTable table) {
   constexpr int N = kPack<G, F>;
   const Piece piece = locate(table, blockIdx.x);
   const auto& entry = table.entries[piece.entry];
