@@ -8,12 +8,14 @@ engine has the gradients, and steps; what the Trainer does of it then does nothi
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any
 
 import torch
+from packaging import version
 from torch import Tensor, nn
 
 from blur_optim.integrations.deepspeed import DeepSpeedBLUR
@@ -41,6 +43,9 @@ class BLURStepMixin:
     _engine_blur: DeepSpeedBLUR | None = None
     _pending: list[dict[str, Any]]
     _loss_sums: Tensor
+    model: Any
+    #: With older ones a gradient comes out wrong (4.45: divided by the accumulation twice) or a resumed run does.
+    oldest_transformers = "4.57.6"
 
     def start_blur(self, forget_loss: Loss, retain_loss: Loss, **options: Any) -> None:
         """Set the losses, and the options with which :class:`blur_optim.BLUR` will wrap the Trainer's optimizer.
@@ -60,10 +65,9 @@ class BLURStepMixin:
                 checkpoints may have changed them.
         """
         blur, options = self.blur, self.blur_options
-        for name, value in options.items():
-            if name not in ("gamma", "retain_weight"):
-                setattr(blur, name, value)
-        for name in {"gamma", "retain_weight"} & set(changed):
+        in_groups = {"gamma", "retain_weight"}
+        blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
+        for name in in_groups & set(changed):
             for group in blur.param_groups:
                 group[name] = options[name]
 
@@ -93,6 +97,7 @@ class BLURStepMixin:
     # -- What the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+<<<<<<< HEAD
         """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR.
 
         Under DeepSpeed it stays bare, for the engine takes its param groups apart.
@@ -102,6 +107,12 @@ class BLURStepMixin:
             return optimizer
         if not isinstance(_unwrapped(optimizer), BLUR):
             self.optimizer = BLUR(base=optimizer, **self.blur_options)
+=======
+        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
+        super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(_unwrapped(self.optimizer), BLUR):
+            self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
+>>>>>>> main
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -140,6 +151,16 @@ class BLURStepMixin:
             logs.update(self._training_logs())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does. Gradients that it leaves (a score that is a gradient's norm) are dropped: they
+        belong to neither loss."""
+        is_clean = all(p.grad is None for p in self.model.parameters())
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if is_clean:
+                self.model.zero_grad()
+
     def floating_point_ops(self, inputs: Any) -> int:
         """The Trainer's estimate, over both halves."""
         parts = [part for side in ("forget", "retain") for part in single_batches(inputs[side])]
@@ -150,15 +171,23 @@ class BLURStepMixin:
     def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         for position, batch in enumerate(batches, start=1):
-            half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
             # Each phase has to end reduced over the processes, so the last backward of each is the one that syncs.
             with self._no_sync(model) if position < len(batches) else nullcontext():
-                compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+<<<<<<< HEAD
                     loss = checked_loss(f"{side}_loss", compute(model, half)).mean() / len(batches)
                 self._backward(loss)
+=======
+                    loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
+                self.accelerator.backward(loss)
+>>>>>>> main
             total += loss.detach()
         return total
+
+    def _phase_loss(self, model: nn.Module, side: str, batch: dict[str, Any]) -> Tensor:
+        half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
+        compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
+        return compute(model, half)
 
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         # An engine needs none, and does not have it in all stages.
@@ -229,8 +258,24 @@ def checked_loss(name: str, loss: Any) -> Tensor:
     return loss
 
 
+def check_transformers(oldest: str) -> None:
+    """See that transformers is no older than ``oldest``.
+
+    Raises:
+        ImportError: it is.
+    """
+    found: str = importlib.import_module("transformers").__version__
+    if version.parse(found) < version.parse(oldest):
+        raise ImportError(
+            f"`transformers` must be at least {oldest} for BLUR in a Trainer, got {found}: with 4.45 each gradient is "
+            "divided by gradient_accumulation_steps twice, and nothing says so. `pip install "
+            f"'transformers>={oldest}'`."
+        )
+
+
 def _check_trainer(trainer: Any) -> None:
     args = trainer.args
+    check_transformers(trainer.oldest_transformers)
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise ValueError(
             "`compute_loss_func` must not be given: it knows one loss, and would never be called in training. Pass "
