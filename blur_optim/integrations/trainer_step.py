@@ -8,6 +8,7 @@ update: unscaling, clipping, the step, schedulers, logging and checkpoints are t
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any
@@ -35,6 +36,10 @@ class BLURStepMixin:
     accelerator: Any
     optimizer: Any
     state: Any
+    #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
+    last_losses: tuple[Tensor, Tensor] | None = None
+    _pending: list[dict[str, Any]]
+    _loss_sums: Tensor
     model: Any
     #: With older ones a gradient comes out wrong (4.45: divided by the accumulation twice) or a resumed run does.
     oldest_transformers = "4.57.6"
@@ -47,10 +52,20 @@ class BLURStepMixin:
         """
         _check_trainer(self)
         self.forget_loss, self.retain_loss, self.blur_options = forget_loss, retain_loss, options
-        self._pending: list[dict[str, Any]] = []
-        self._loss_sums = torch.zeros(3)
-        #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
-        self.last_losses: tuple[Tensor, Tensor] | None = None
+        self._pending, self._loss_sums, self.last_losses = [], torch.zeros(3), None
+
+    def apply_options(self, changed: Collection[str]) -> None:
+        """Let the options of the last :meth:`start_blur` hold for an optimizer that exists already.
+
+        Args:
+            changed: which of ``gamma`` and ``retain_weight`` to set in the param groups, where schedulers and
+                checkpoints may have changed them.
+        """
+        blur, options = self.blur, self.blur_options
+        blur.__setstate__({name: value for name, value in options.items() if name not in ("gamma", "retain_weight")})
+        for name in {"gamma", "retain_weight"} & set(changed):
+            for group in blur.param_groups:
+                group[name] = options[name]
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -222,6 +237,16 @@ def check_transformers(oldest: str) -> None:
 def _check_trainer(trainer: Any) -> None:
     args = trainer.args
     check_transformers(trainer.oldest_transformers)
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise ValueError(
+            "`compute_loss_func` must not be given: it knows one loss, and would never be called in training. Pass "
+            "forget_loss= and retain_loss=, functions (model, batch) -> loss."
+        )
+    if not any(p.requires_grad for p in trainer.model.parameters()):
+        raise ValueError(
+            "`model` must have parameters to train, got none with requires_grad. Load an adapter for training: "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
+        )
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise ValueError(
             "BLUR needs two gradients apart in p.grad, which DeepSpeed collects in buffers of its own. Use FSDP2 "
