@@ -14,6 +14,7 @@ from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
 from blur_optim.step.gradients import check_weight
+from blur_optim.step.phases import Phase
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
@@ -52,9 +53,12 @@ class BLUR(OptimizerWrapper):
         backend: kernels to use, see :mod:`blur_optim.kernels.select`; None takes the default.
         **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ... Where ``base`` has an argument of a name
             above (``max_grad_norm``, ``normalize``), bind it: ``base=functools.partial(Base, max_grad_norm=1.0)``.
+            Where it has a hyperparameter ``gamma`` or ``retain_weight``, as MARS, the param groups hold the base's
+            under that name, and BLUR's as ``blur_gamma`` or ``blur_retain_weight``. Several optimizers over parts of
+            one model are a base as :class:`blur_optim.ChainedOptimizer`.
 
     Raises:
-        TypeError: ``base`` is not an optimizer, or needs a closure of its own.
+        TypeError: ``base`` is not an optimizer, needs a closure of its own, or takes gradients in hooks in backward.
         ValueError: a value is out of range, or ``params`` are copies that FSDP2 has gathered for a forward pass.
     """
 
@@ -81,11 +85,10 @@ class BLUR(OptimizerWrapper):
         self.rule, self.normalize, self.scope = rule, normalize, scope
         self.max_grad_norm, self.backend = max_grad_norm, backend
         self._settings()  # For its checks.
-        check_choice("stash", stash, STASHES)
         self.stash = stash
         made = make_base(params, base, base_kwargs)
         check_base(made)
-        super().__init__(made, {"gamma": gamma, "retain_weight": retain_weight})
+        super().__init__(made, _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight}))
         self._two_phase = self._make_two_phase()
         params = self._two_phase.params()
         if is_gathered(params):
@@ -168,6 +171,22 @@ class BLUR(OptimizerWrapper):
                 inside.write_update(self._settings(), grad_scale)
 
     @property
+    def stash(self) -> str:
+        """Where the forget gradients wait; may be set between two steps."""
+        return self._stash
+
+    @stash.setter
+    def stash(self, value: str) -> None:
+        check_choice("stash", value, STASHES)
+        inside: TwoPhaseStep | None = self.__dict__.get("_two_phase")
+        if inside is not None and inside.phases.current is not Phase.IDLE:
+            raise RuntimeError(f"`stash` must be set between two steps, got {value!r}: {inside.phases.current.value}.")
+        self._stash = value
+        if inside is not None:
+            self._two_phase = self._make_two_phase()
+            self._two_phase.skipped = inside.skipped
+
+    @property
     def statistics(self) -> StepStatistics | None:
         """What the last projection saw, as device tensors; None before the first. Reading them is what synchronises."""
         p = self._two_phase.last
@@ -212,3 +231,12 @@ class BLUR(OptimizerWrapper):
     def _settings(self) -> Settings:
         # Made anew for each step: the attributes are the user's to change between two.
         return Settings(self.rule, self.normalize, self.scope, self.max_grad_norm, self.backend, self.record_alignment)
+
+
+def _named_apart(base: Optimizer, own: dict[str, Any]) -> dict[str, Any]:
+    """BLUR's hyperparameters under other names where ``base`` has one of the name.
+
+    A base that has all of them is one that a BLUR wraps already, and is refused.
+    """
+    clash = own.keys() & base.defaults.keys()
+    return own if clash == own.keys() else {f"blur_{n}" if n in clash else n: value for n, value in own.items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
+from blur_optim.step.gradients import own_name
 from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -57,10 +58,12 @@ class BLURStepMixin:
                 checkpoints may have changed them.
         """
         blur, options = self.blur, self.blur_options
-        blur.__setstate__({name: value for name, value in options.items() if name not in ("gamma", "retain_weight")})
+        for name in options.keys() - {"gamma", "retain_weight"}:
+            if getattr(blur, name) != options[name]:
+                setattr(blur, name, options[name])
         for name in {"gamma", "retain_weight"} & set(changed):
-            for group in blur.param_groups:
-                group[name] = options[name]
+            for param_group in blur.param_groups:
+                param_group[own_name(name, param_group)] = options[name]
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -114,7 +117,8 @@ class BLURStepMixin:
         self.last_losses = forget, retain
         self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
         group = blur.param_groups[0]
-        loss: Tensor = group["gamma"] * forget + group["retain_weight"] * retain
+        gamma, weight = (group[own_name(name, group)] for name in ("gamma", "retain_weight"))
+        loss: Tensor = gamma * forget + weight * retain
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

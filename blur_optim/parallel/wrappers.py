@@ -13,7 +13,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from blur_optim.parallel.data_parallel import DataParallel
-from blur_optim.parallel.engines import check_no_engine
+from blur_optim.parallel.engines import WholeGradients, check_no_engine
 from blur_optim.parallel.fsdp1 import has_unreduced_fsdp1
 from blur_optim.parallel.fsdp2 import drop_held_back, holds_back
 
@@ -22,7 +22,7 @@ class Wrappers:
     """The wrappers around these parameters, and whether they have reduced what a phase computed."""
 
     def __init__(self) -> None:
-        self._data_parallel = DataParallel()
+        self._data_parallel, self._engines = DataParallel(), WholeGradients()
 
     def begin(self, params: Sequence[Tensor]) -> None:
         """A phase begins.
@@ -44,6 +44,14 @@ class Wrappers:
                 f"The {phase} phase must end with its gradients reduced, got gradients that FSDP still holds back. "
                 f"Before the last backward of the {phase} phase call model.set_requires_gradient_sync(True), and with "
                 "HSDP model.set_requires_all_reduce(True)."
+            )
+        if self._engines.is_unreduced(params):
+            raise RuntimeError(
+                f"The {phase} phase must end with its gradients reduced, got those of this rank alone: DeepSpeed "
+                "averages them only where its own `gradient_accumulation_steps` end. Set these to 1 in its config (a "
+                "phase may hold several micro-batches all the same), or call "
+                "engine.set_gradient_accumulation_boundary(True) before the last backward of each phase, and False "
+                "before the others."
             )
         if has_unreduced_fsdp1(params) or self._data_parallel.end():
             _refuse_no_sync(phase)
