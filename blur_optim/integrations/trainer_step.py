@@ -22,6 +22,7 @@ from blur_optim.integrations.deepspeed import DeepSpeedBLUR
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
+from blur_optim.step.gradients import own_name
 from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -68,8 +69,8 @@ class BLURStepMixin:
         in_groups = {"gamma", "retain_weight"}
         blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
         for name in in_groups & set(changed):
-            for group in blur.param_groups:
-                group[name] = options[name]
+            for param_group in blur.param_groups:
+                param_group[own_name(name, param_group)] = options[name]
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -97,22 +98,15 @@ class BLURStepMixin:
     # -- What the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-<<<<<<< HEAD
         """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR.
 
         Under DeepSpeed it stays bare, for the engine takes its param groups apart.
         """
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if getattr(self, "is_deepspeed_enabled", False):
-            return optimizer
-        if not isinstance(_unwrapped(optimizer), BLUR):
-            self.optimizer = BLUR(base=optimizer, **self.blur_options)
-=======
-        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if getattr(self, "is_deepspeed_enabled", False):
+            return self.optimizer
         if not isinstance(_unwrapped(self.optimizer), BLUR):
             self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
->>>>>>> main
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -140,7 +134,8 @@ class BLURStepMixin:
         self.last_losses = forget, retain
         self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
         group = blur.param_groups[0]
-        loss: Tensor = group["gamma"] * forget + group["retain_weight"] * retain
+        gamma, weight = (group[own_name(name, group)] for name in ("gamma", "retain_weight"))
+        loss: Tensor = gamma * forget + weight * retain
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -174,13 +169,8 @@ class BLURStepMixin:
             # Each phase has to end reduced over the processes, so the last backward of each is the one that syncs.
             with self._no_sync(model) if position < len(batches) else nullcontext():
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-<<<<<<< HEAD
-                    loss = checked_loss(f"{side}_loss", compute(model, half)).mean() / len(batches)
-                self._backward(loss)
-=======
                     loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
-                self.accelerator.backward(loss)
->>>>>>> main
+                self._backward(loss)
             total += loss.detach()
         return total
 

@@ -56,6 +56,7 @@ LAYERS = [
     "step.fused",
     "step.two_phase",
     "env",
+    "chained",
     "optimizer",
     "record.record_file",
     "record.recorder",
