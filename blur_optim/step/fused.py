@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from blur_optim.kernels import FusedBackend, select_backend
 from blur_optim.kernels.layout import dense_alike, is_dense
@@ -163,8 +164,11 @@ def fits(pair: Pair, state: Mapping[str, Any]) -> bool:
     """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
     p = to_local(pair.param)
     dtype, forget, retain = p.dtype, pair.forget, pair.retain
-    if dtype not in _FLOATS or (
-        retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in (torch.bfloat16, torch.float16))
+    # Of a subclass with a dispatch of its own (torchao's weights of 8 bits) the memory is something else.
+    if (
+        is_traceable_wrapper_subclass(p)
+        or dtype not in _FLOATS
+        or (retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in (torch.bfloat16, torch.float16)))
     ):
         return False
     moments = [to_local(state[name]) for name in _MOMENTS if state.get(name) is not None]

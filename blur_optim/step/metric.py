@@ -70,6 +70,15 @@ def check_metric_base(base: Optimizer) -> None:
             )
 
 
+def check_metric_stash(stash: str) -> None:
+    """Refuse to forget the retain gradients before they have been fed to v."""
+    if stash == "recompute":
+        raise ValueError(
+            "`stash` must not be 'recompute' with metric='retain', which needs the whole retain gradient beside the "
+            "forget gradient: its second moments are the metric. Use stash='int8' or 'bfloat16'."
+        )
+
+
 def metric_defaults(base: Optimizer) -> dict[str, Any]:
     """What the param groups hold beside ``gamma`` and ``retain_weight``."""
     mean = {MEAN: torch.full((), torch.nan, dtype=torch.float64)}

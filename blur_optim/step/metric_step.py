@@ -27,6 +27,7 @@ from blur_optim.step.metric import (
     MEAN,
     by_kernels,
     check_metric_base,
+    check_metric_stash,
     given,
     init_state,
     largest_moments,
@@ -51,11 +52,7 @@ class MetricStep(TwoPhaseStep):
     """
 
     def __init__(self, base: Optimizer, stash: str) -> None:
-        if stash == "recompute":
-            raise ValueError(
-                "`stash` must not be 'recompute' with metric='retain', which needs the whole retain gradient beside "
-                "the forget gradient: its second moments are the metric. Use stash='int8' or 'bfloat16'."
-            )
+        check_metric_stash(stash)
         check_metric_base(base)
         super().__init__(base, stash)
         #: The mean of v-hat that damps the next step, 0-d; None where the param groups have to be asked.

@@ -24,6 +24,8 @@ from blur_optim.step.recompute import recompute
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import STASHES
 
+_OUTSIDE = 6  # How many calls a warning about a step is away from the user's own line, about.
+
 Closure = Callable[[], Any]
 Amp = dict[str, Tensor | None]
 
@@ -59,7 +61,7 @@ class TwoPhaseStep:
         self.wrappers = Wrappers() if wrappers is None else wrappers
         self.last: Projection | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
-        self._warned = False
+        self._warned = self._said_nothing = False
         self.end()
 
     # -- By closures -------------------------------------------------------------------------------------------------
@@ -171,6 +173,7 @@ class TwoPhaseStep:
         return loss, gradients, applied
 
     def _record(self, gradients: PairedGradients, projection: Projection) -> None:
+        self._warn_if_nothing(gradients, projection)
         self.last, self._found_inf = projection, projection.found_inf
         self.skipped = self._found_inf.long() + self.skipped.to(self._found_inf.device)
         # The smallest, for it is kept alive.
@@ -255,6 +258,7 @@ class TwoPhaseStep:
             missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.params())
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
+                self._check_reached(name, has_gradients)
                 missing = False
         if not missing:
             # Detached, so that the graph of the forget loss does not live through the retain phase.
@@ -263,6 +267,36 @@ class TwoPhaseStep:
             f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
             "where there is nothing to compute in this step."
         )
+
+    def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
+        params = self.params()
+        self.ranks.update(params)
+        # With many ranks, others may have the parameters that this loss depends on.
+        if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(params)):
+            trainable = sum(p.requires_grad for p in params)
+            raise RuntimeError(
+                f"`{name}` must return a loss of this optimizer's parameters, got one whose backward reached none of "
+                f"them ({trainable} of {len(params)} require grad). Is it the loss of another model, or of a copy?"
+            )
+
+    def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
+        """Say once that a step cannot move anything, where to know it costs nothing."""
+        params = self.params()
+        if self._said_nothing or self.ranks.are_many or not params:
+            return
+        if not gradients.pairs:
+            what = "neither phase left a gradient on any of its parameters. Were they run on another model, or is "
+            what += "everything frozen (an adapter loaded for inference)?"
+        elif (
+            any(pair.forget.numel() for pair in gradients.pairs)
+            and projection.dots.forget_norm_sq.is_cpu
+            and not projection.dots.forget_norm_sq.any()
+        ):
+            what = "the forget gradient is zero everywhere, so there is nothing to forget. Is every label masked?"
+        else:
+            return
+        self._said_nothing = True
+        warnings.warn(f"BLUR took a step, but {what}", stacklevel=_OUTSIDE)
 
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""

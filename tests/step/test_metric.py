@@ -1,6 +1,5 @@
 """Steps in the metric of the retain loss against the equations, written down once more in float64."""
 
-
 import pytest
 import torch
 from helpers import (
