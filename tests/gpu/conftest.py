@@ -1,7 +1,7 @@
 """Tests on a GPU: ``pytest -m gpu``. Without one they are skipped, and what needs none of it is rehearsed elsewhere.
 
-BLUR_OPTIM_GPU_TEST_DEVICE=cpu runs those that can run there: it shows that the tests themselves are right, and nothing of
-the GPU. tests/benchmarks/test_gpu_bench.py does so.
+BLUR_OPTIM_GPU_TEST_DEVICE=cpu runs those that can run there: it shows that the tests themselves are right, and nothing
+of the GPU. tests/benchmarks/test_gpu_bench.py does so.
 """
 
 import os
@@ -19,9 +19,8 @@ DEVICE = torch.device(os.environ.get("BLUR_OPTIM_GPU_TEST_DEVICE", "cuda"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = (
-        "needs an NVIDIA GPU, and torch sees none" if DEVICE.type == "cuda" and not torch.cuda.is_available() else ""
-    )
+    there = DEVICE.type != "cuda" or torch.cuda.is_available()
+    reason = "" if there else "needs an NVIDIA GPU, and torch sees none"
     for item in items:
         if HERE not in item.path.parents:
             continue

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_recompute_draws_the_same_dropout_under_autocast(
             torch.manual_seed(1)  # Whatever else has drawn numbers since.
             opt.step(lambda: loss(inputs[0], -1.0), lambda: loss(inputs[1], 1.0))  # noqa: B023
         found.append([p.detach() for p in model.parameters()])
-    # Two backward passes of one graph and one of two sum in other orders, in a low precision; wrong dropout is off by 1e-2.
+    # They sum in other orders, in a low precision; the wrong dropout would be off by 1e-2.
     assert_params_close(*found, rtol=2e-3, atol=2e-3)
 
 
@@ -214,12 +215,12 @@ def test_a_stash_on_the_cpu_is_right_under_load(backend: str, device: torch.devi
 def test_a_stash_on_the_cpu_is_copied_beside_the_retain_pass(device: torch.device) -> None:
     """By a trace: copies to the host overlap in time with kernels."""
     model, x = wide(device, 2048)
+    x = x.repeat(16, 1)  # Enough for the retain pass to last.
     opt = BLUR(model.parameters(), AdamW, lr=1e-4, stash="cpu", fused=True)
 
     def step() -> None:
-        opt.step(lambda: -model(x2).square().mean(), lambda: model(x2.flip(0)).sin().mean())
+        opt.step(lambda: -model(x).square().mean(), lambda: model(x.flip(0)).sin().mean())
 
-    x2 = torch.randn(4096, 2048, device=device)
     for _ in range(3):
         step()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -259,13 +260,15 @@ def test_a_captured_step_equals_eager_or_is_refused_in_words(
             step(1)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    refused = None
     try:
         with torch.cuda.graph(graph):
             step(0)
     except (RuntimeError, ValueError) as error:
-        # In BLUR's words, not CUDA's: "operation not permitted when stream is capturing" helps nobody.
-        assert "CUDA graph" in str(error), error
-        assert "BLUR" in str(error) or "`" in str(error), error
+        refused = str(error)
+    if refused is not None:
+        # In the library's words, not CUDA's: "operation not permitted when stream is capturing" helps nobody.
+        assert re.search(r"CUDA graph.*BLUR|BLUR.*CUDA graph", refused, re.DOTALL), refused
         return
     for _ in range(20):
         # What lies in pinned memory that a capture has let go of is overwritten.

@@ -156,5 +156,5 @@ def test_native_agrees_with_triton_to_the_bit_in_sgd(device: torch.device) -> No
         forget, retain = make(SIZES, torch.float32, 1, device), make(SIZES, torch.float32, 2, device)
         apply(backend, base, options, params, state, forget, retain, [])
         results.append(params)
-    # Products and sums, each rounded once and in one order; AdamW also takes a power of beta, which each device has its own of.
+    # Products and sums, each rounded once, in one order. (AdamW also takes a power, of which each has its own way.)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
