@@ -58,6 +58,7 @@ class BLURStepMixin:
                 checkpoints may have changed them.
         """
         blur, options = self.blur, self.blur_options
+        blur.zero_grad()  # The Trainer asks the model for it, so the last step of a run before this has no end yet.
         for name in options.keys() - {"gamma", "retain_weight"}:
             if getattr(blur, name) != options[name]:
                 setattr(blur, name, options[name])

@@ -105,3 +105,18 @@ def test_methods_of_the_base_are_at_hand():
     assert opt.eval() == "evaluating"
     with pytest.raises(AttributeError, match=r"train"):
         _ = opt.train
+
+
+def test_the_stash_may_change_between_two_steps():
+    (p,) = params()
+    opt = BLUR([p], torch.optim.SGD, lr=0.1)
+    opt.step(lambda: p.sum(), lambda: (p + 1).square().sum())
+    opt.stash = "int8"
+    opt.step(lambda: p.sum(), lambda: (p + 1).square().sum())
+    assert opt.stash == "int8"
+    with pytest.raises(ValueError, match=r"`stash` must be one of"):
+        opt.stash = "disk"
+    with opt.forget():
+        p.sum().backward()
+    with pytest.raises(RuntimeError, match=r"`stash` must be set between two steps, got 'cpu': the forget gradients w"):
+        opt.stash = "cpu"
