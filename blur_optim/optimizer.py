@@ -14,7 +14,6 @@ from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
 from blur_optim.step.gradients import check_weight
-from blur_optim.step.phases import Phase
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
@@ -85,6 +84,7 @@ class BLUR(OptimizerWrapper):
         self.rule, self.normalize, self.scope = rule, normalize, scope
         self.max_grad_norm, self.backend = max_grad_norm, backend
         self._settings()  # For its checks.
+        check_choice("stash", stash, STASHES)
         self.stash = stash
         made = make_base(params, base, base_kwargs)
         check_base(made)
@@ -171,22 +171,6 @@ class BLUR(OptimizerWrapper):
                 inside.write_update(self._settings(), grad_scale)
 
     @property
-    def stash(self) -> str:
-        """Where the forget gradients wait; may be set between two steps."""
-        return self._stash
-
-    @stash.setter
-    def stash(self, value: str) -> None:
-        check_choice("stash", value, STASHES)
-        inside: TwoPhaseStep | None = self.__dict__.get("_two_phase")
-        if inside is not None and inside.phases.current is not Phase.IDLE:
-            raise RuntimeError(f"`stash` must be set between two steps, got {value!r}: {inside.phases.current.value}.")
-        self._stash = value
-        if inside is not None:
-            self._two_phase = self._make_two_phase()
-            self._two_phase.skipped = inside.skipped
-
-    @property
     def statistics(self) -> StepStatistics | None:
         """What the last projection saw, as device tensors; None before the first. Reading them is what synchronises."""
         p = self._two_phase.last
@@ -194,6 +178,36 @@ class BLUR(OptimizerWrapper):
             return None
         skipped = self._two_phase.skipped
         return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
+
+    def configure(self, **options: Any) -> None:
+        """Change arguments of the constructor between two steps, all or none; a step that was under way is dropped.
+
+        Args:
+            **options: ``rule``, ``normalize``, ``scope``, ``max_grad_norm``, ``stash``, ``backend``. ``gamma`` and
+                ``retain_weight`` are changed in the param groups.
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: a value is out of range.
+        """
+        names = ("rule", "normalize", "scope", "max_grad_norm", "stash", "backend")
+        if unknown := sorted(options.keys() - set(names)):
+            raise TypeError(f"`configure` takes {', '.join(names)}, got {unknown}.")
+        before = {name: getattr(self, name) for name in names}
+        self.__dict__.update(options)
+        try:
+            self._settings()
+            check_choice("stash", self.stash, STASHES)
+            for device in {p.device for p in self._two_phase.params()}:
+                select_backend(self.backend, device)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        self._renew(self._two_phase.skipped)
+
+    def params_by_group(self) -> list[list[Tensor]]:
+        """The parameters whose gradients are combined, by param group; the same that ``statistics.params`` are of."""
+        return [list(group["params"]) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. Outside a phase this also discards forget gradients that wait for their retain phase."""
@@ -212,6 +226,9 @@ class BLUR(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.pop("_skipped")
         super().__setstate__(state)
+        self._renew(skipped)
+
+    def _renew(self, skipped: Tensor) -> None:
         self._two_phase = self._make_two_phase()
         self._two_phase.skipped = skipped
 

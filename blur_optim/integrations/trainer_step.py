@@ -2,19 +2,23 @@
 
 The Trainer's own loop runs as it is. It calls ``training_step`` for each micro-batch; here the micro-batches are only
 collected until the last one before a step. Then all forget halves run, then all retain halves, and ``p.grad`` holds the
-update: unscaling, clipping, the step, schedulers, logging and checkpoints are the Trainer's.
+update: unscaling, clipping, the step, schedulers, logging and checkpoints are the Trainer's. Under DeepSpeed the
+engine has the gradients, and steps; what the Trainer does of it then does nothing, as without BLUR.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any
 
 import torch
+from packaging import version
 from torch import Tensor, nn
 
+from blur_optim.integrations.deepspeed import DeepSpeedBLUR
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
@@ -37,8 +41,12 @@ class BLURStepMixin:
     state: Any
     #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
     last_losses: tuple[Tensor, Tensor] | None = None
+    _engine_blur: DeepSpeedBLUR | None = None
     _pending: list[dict[str, Any]]
     _loss_sums: Tensor
+    model: Any
+    #: With older ones a gradient comes out wrong (4.45: divided by the accumulation twice) or a resumed run does.
+    oldest_transformers = "4.57.6"
 
     def start_blur(self, forget_loss: Loss, retain_loss: Loss, **options: Any) -> None:
         """Set the losses, and the options with which :class:`blur_optim.BLUR` will wrap the Trainer's optimizer.
@@ -58,11 +66,9 @@ class BLURStepMixin:
                 checkpoints may have changed them.
         """
         blur, options = self.blur, self.blur_options
-        blur.zero_grad()  # The Trainer asks the model for it, so the last step of a run before this has no end yet.
-        for name in options.keys() - {"gamma", "retain_weight"}:
-            if getattr(blur, name) != options[name]:
-                setattr(blur, name, options[name])
-        for name in {"gamma", "retain_weight"} & set(changed):
+        in_groups = {"gamma", "retain_weight"}
+        blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
+        for name in in_groups & set(changed):
             for param_group in blur.param_groups:
                 param_group[own_name(name, param_group)] = options[name]
 
@@ -81,7 +87,10 @@ class BLURStepMixin:
         Raises:
             RuntimeError: training has not begun, so there is none.
         """
-        found = _unwrapped(self.optimizer)
+        engine = self._engine
+        if engine is not None and (self._engine_blur is None or self._engine_blur.engine is not engine):
+            self._engine_blur = DeepSpeedBLUR(engine, **self.blur_options)
+        found = _unwrapped(self.optimizer) if engine is None else self._engine_blur
         if not isinstance(found, BLUR):
             raise RuntimeError("There is no BLUR optimizer before trainer.train() or trainer.create_optimizer().")
         return found
@@ -90,9 +99,9 @@ class BLURStepMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(_unwrapped(optimizer), BLUR):
-            self.optimizer = BLUR(base=optimizer, **self.blur_options)
+        super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(_unwrapped(self.optimizer), BLUR):
+            self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -115,6 +124,8 @@ class BLURStepMixin:
         # The scale, or under fp16 max_grad_norm, normalize and statistics would be those of scaled gradients.
         with blur.retain(grad_scale=self.accelerator.scaler):
             retain = self._run_phase(model, "retain", batches)
+        if self._engine is not None:
+            blur.step()  # The Trainer leaves it to accelerate's backward, which is not called.
         self.last_losses = forget, retain
         self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
         group = blur.param_groups[0]
@@ -130,6 +141,16 @@ class BLURStepMixin:
             logs.update(self._training_logs())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does. Gradients that it leaves (a score that is a gradient's norm) are dropped: they
+        belong to neither loss."""
+        is_clean = all(p.grad is None for p in self.model.parameters())
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if is_clean:
+                self.model.zero_grad()
+
     def floating_point_ops(self, inputs: Any) -> int:
         """The Trainer's estimate, over both halves."""
         parts = [part for side in ("forget", "retain") for part in single_batches(inputs[side])]
@@ -140,19 +161,35 @@ class BLURStepMixin:
     def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         for position, batch in enumerate(batches, start=1):
-            half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
             # Each phase has to end reduced over the processes, so the last backward of each is the one that syncs.
             with self._no_sync(model) if position < len(batches) else nullcontext():
-                compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                    loss = checked_loss(f"{side}_loss", compute(model, half)).mean() / len(batches)
+                    loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
+    def _phase_loss(self, model: nn.Module, side: str, batch: dict[str, Any]) -> Tensor:
+        half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
+        compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
+        return compute(model, half)
+
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(model=model)
+        # An engine needs none, and does not have it in all stages.
+        context: AbstractContextManager[Any] = nullcontext() if self._engine else self.accelerator.no_sync(model=model)
         return context
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._engine is None:
+            self.accelerator.backward(loss)
+        else:
+            self._engine.backward(loss, scale_wrt_gas=False)  # The loss has been divided.
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's, once there is one."""
+        wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        return None if wrapped is None else wrapped.engine
 
     def _training_logs(self) -> dict[str, float]:
         forget, retain, steps = self.accelerator.reduce(self._loss_sums.to(self.args.device), "sum").tolist()
@@ -206,8 +243,24 @@ def checked_loss(name: str, loss: Any) -> Tensor:
     return loss
 
 
+def check_transformers(oldest: str) -> None:
+    """See that transformers is no older than ``oldest``.
+
+    Raises:
+        ImportError: it is.
+    """
+    found: str = importlib.import_module("transformers").__version__
+    if version.parse(found) < version.parse(oldest):
+        raise ImportError(
+            f"`transformers` must be at least {oldest} for BLUR in a Trainer, got {found}: with 4.45 each gradient is "
+            "divided by gradient_accumulation_steps twice, and nothing says so. `pip install "
+            f"'transformers>={oldest}'`."
+        )
+
+
 def _check_trainer(trainer: Any) -> None:
     args = trainer.args
+    check_transformers(trainer.oldest_transformers)
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise ValueError(
             "`compute_loss_func` must not be given: it knows one loss, and would never be called in training. Pass "
@@ -217,11 +270,6 @@ def _check_trainer(trainer: Any) -> None:
         raise ValueError(
             "`model` must have parameters to train, got none with requires_grad. Load an adapter for training: "
             "PeftModel.from_pretrained(..., is_trainable=True)."
-        )
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        raise ValueError(
-            "BLUR needs two gradients apart in p.grad, which DeepSpeed collects in buffers of its own. Use FSDP2 "
-            "(fsdp_version 2), or plain data parallelism."
         )
     name = str(getattr(args.optim, "value", args.optim))
     if name in _STEP_INSIDE_BACKWARD or name.endswith("layerwise"):

@@ -240,9 +240,9 @@ def _parameter_names(opt: BLUR, model: nn.Module | None) -> dict[int, str]:
     """A name for the id of every parameter, in the order of the param groups."""
     known = {} if model is None else {id(p): _plain(name) for name, p in model.named_parameters()}
     names: dict[int, str] = {}
-    for index, group in enumerate(opt.param_groups):
+    for index, (group, params) in enumerate(zip(opt.param_groups, opt.params_by_group(), strict=True)):
         given = group.get("param_names") or []
-        for i, p in enumerate(group["params"]):
+        for i, p in enumerate(params):
             names[id(p)] = known.get(id(p)) or (_plain(given[i]) if i < len(given) else f"group{index}.{i}")
     return names
 

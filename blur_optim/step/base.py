@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
 from blur_optim.optimizer_wrapper import lent, supports_amp_scaling
-from blur_optim.parallel.engines import is_engine
+from blur_optim.parallel.engines import REMEDY, is_engine
 
 
 def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
@@ -19,6 +19,7 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
     Raises:
         TypeError, ValueError: as :class:`blur_optim.BLUR` says.
     """
+    _refuse_engine(base)
     if isinstance(params, Optimizer):
         raise TypeError(f"`params` must be parameters, got the optimizer {type(params).__name__}. Pass base=... alone.")
     if isinstance(params, torch.nn.Module):
@@ -45,17 +46,12 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
 
 def check_base(base: object) -> None:
     """Refuse what cannot be stepped on ``p.grad`` alone."""
+    _refuse_engine(base)
     if not isinstance(base, Optimizer):
         raise TypeError(f"`base` must make a torch.optim.Optimizer, got {type(base).__name__}.")
     if isinstance(base, LBFGS) or _needs_closure(type(base)):
         name = type(base).__name__
         raise TypeError(f"`base` must step on p.grad without a closure of its own, which {name} needs.")
-    if is_engine(base):
-        raise TypeError(
-            f"`base` must step on p.grad, got {type(base).__name__}: this engine steps by itself, inside backward, on "
-            "gradients that it has collected from both losses. Use fully_shard, or DistributedDataParallel with "
-            "ZeroRedundancyOptimizer as base."
-        )
     if _hooks_backward(base):
         raise TypeError(
             f"`base` must take its gradients from p.grad when it steps, got {type(base).__name__}, which takes them in "
@@ -116,6 +112,14 @@ def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor |
         amp = {**amp, "found_inf": found_inf if other is None else torch.maximum(found_inf, other.to(found_inf))}
     with lent(base, amp):
         base.step()
+
+
+def _refuse_engine(base: object) -> None:
+    if is_engine(base):
+        raise TypeError(
+            f"`base` must step on p.grad, got {type(base).__name__}: this engine steps by itself, inside backward, on "
+            f"gradients that it has collected from both losses. {REMEDY}"
+        )
 
 
 def _starts_momentum(base: Optimizer) -> bool:

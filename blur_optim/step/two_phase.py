@@ -34,7 +34,8 @@ class TwoPhaseStep:
     """The steps of one BLUR, one after another.
 
     What takes gradients from elsewhere than ``p.grad`` gives ``wrappers`` and ``ranks`` of its own, with the methods of
-    these two classes; what takes the base's step otherwise overrides :meth:`apply` and :meth:`step_base`.
+    these two classes, and perhaps other :meth:`groups`; what takes the base's step otherwise overrides :meth:`apply`
+    and :meth:`step_base`.
 
     Args:
         base: the optimizer that takes the update.
@@ -107,7 +108,7 @@ class TwoPhaseStep:
             yield
             self.phases.end_forget()
             self.wrappers.end(self.params(), "forget")
-            check_gradients(self.base.param_groups)
+            check_gradients(self.groups())
             self.stash.take(self.params())
 
     def begin_retain(self) -> None:
@@ -137,11 +138,11 @@ class TwoPhaseStep:
         self, settings: Settings, grad_scale: GradScaler | Tensor | float | None
     ) -> tuple[PairedGradients, Projection]:
         """Take the coefficients from the gradients of both phases; what is left is to apply them."""
-        check_gradients(self.base.param_groups)
+        check_gradients(self.groups())
         self.ranks.update(self.params())
         # Every rank needs the same rows, also where a parameter has no gradient on this one.
         rows = Rows.of(
-            self.base.param_groups,
+            self.groups(),
             lambda p: self.ranks.are_many or p.grad is not None or self.stash.get(p) is not None,
             settings.row_per_parameter,
         )
@@ -158,7 +159,7 @@ class TwoPhaseStep:
         self.ranks.update(self.params())
         loss, gradients, projection, applied = recompute(
             lambda has_gradients: self._evaluate(retain, "retain", has_gradients),
-            self.base.param_groups,
+            self.groups(),
             self.stash,
             settings,
             self.ranks,
@@ -191,9 +192,13 @@ class TwoPhaseStep:
 
     # -- Bookkeeping -------------------------------------------------------------------------------------------------
 
+    def groups(self) -> Sequence[dict[str, Any]]:
+        """The param groups: in each, parameters with the gradients that are combined, and their weights."""
+        return self.base.param_groups
+
     def params(self) -> Sequence[Tensor]:
         """All parameters, read anew each time: accelerate replaces the lists in the groups."""
-        return [p for group in self.base.param_groups for p in group["params"]]
+        return [p for group in self.groups() for p in group["params"]]
 
     def has_gradients(self) -> bool:
         params = self.params()

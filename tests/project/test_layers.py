@@ -73,6 +73,7 @@ LAYERS = [
     "integrations.run_start",
     "integrations.trainer_reference",
     "integrations.transformers",
+    "integrations.split_loss",
     "integrations.open_unlearning",
     "integrations.lightning",
 ]
