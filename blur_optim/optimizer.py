@@ -14,6 +14,7 @@ from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
 from blur_optim.step.gradients import check_weight
+from blur_optim.step.phases import Phase
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
@@ -85,7 +86,7 @@ class BLUR(OptimizerWrapper):
         self.max_grad_norm, self.backend = max_grad_norm, backend
         self._settings()  # For its checks.
         check_choice("stash", stash, STASHES)
-        self.stash = stash
+        self._stash = stash
         made = make_base(params, base, base_kwargs)
         check_base(made)
         super().__init__(made, _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight}))
@@ -171,6 +172,15 @@ class BLUR(OptimizerWrapper):
                 inside.write_update(self._settings(), grad_scale)
 
     @property
+    def stash(self) -> str:
+        """Where the forget gradients wait; may be set between two steps."""
+        return self._stash
+
+    @stash.setter
+    def stash(self, value: str) -> None:
+        self.configure(stash=value)
+
+    @property
     def statistics(self) -> StepStatistics | None:
         """What the last projection saw, as device tensors; None before the first. Reading them is what synchronises."""
         p = self._two_phase.last
@@ -180,7 +190,7 @@ class BLUR(OptimizerWrapper):
         return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
 
     def configure(self, **options: Any) -> None:
-        """Change arguments of the constructor between two steps, all or none; a step that was under way is dropped.
+        """Change arguments of the constructor between two steps, all or none. An update not stepped on is dropped.
 
         Args:
             **options: ``rule``, ``normalize``, ``scope``, ``max_grad_norm``, ``stash``, ``backend``. ``gamma`` and
@@ -189,21 +199,26 @@ class BLUR(OptimizerWrapper):
         Raises:
             TypeError: there is no such argument.
             ValueError: a value is out of range.
+            RuntimeError: a step is under way.
         """
         names = ("rule", "normalize", "scope", "max_grad_norm", "stash", "backend")
         if unknown := sorted(options.keys() - set(names)):
             raise TypeError(f"`configure` takes {', '.join(names)}, got {unknown}.")
-        before = {name: getattr(self, name) for name in names}
-        self.__dict__.update(options)
+        inside = self._two_phase
+        if inside.phases.current not in (Phase.IDLE, Phase.PROJECTED):
+            raise RuntimeError(f"{sorted(options)} must be set between two steps, now {inside.phases.current.value}.")
+        attributes = {"_stash" if name == "stash" else name: value for name, value in options.items()}
+        before = {name: getattr(self, name) for name in attributes}
+        self.__dict__.update(attributes)
         try:
             self._settings()
-            check_choice("stash", self.stash, STASHES)
-            for device in {p.device for p in self._two_phase.params()}:
+            check_choice("stash", self._stash, STASHES)
+            for device in {p.device for p in inside.params()}:
                 select_backend(self.backend, device)
         except Exception:
             self.__dict__.update(before)
             raise
-        self._renew(self._two_phase.skipped)
+        self._renew(inside.skipped)
 
     def params_by_group(self) -> list[list[Tensor]]:
         """The parameters whose gradients are combined, by param group; the same that ``statistics.params`` are of."""

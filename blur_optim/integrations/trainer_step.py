@@ -98,8 +98,13 @@ class BLURStepMixin:
     # -- What the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
+        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR.
+
+        Under DeepSpeed it stays bare, for the engine takes its param groups apart.
+        """
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if getattr(self, "is_deepspeed_enabled", False):
+            return self.optimizer
         if not isinstance(_unwrapped(self.optimizer), BLUR):
             self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
         return self.optimizer
@@ -165,7 +170,7 @@ class BLURStepMixin:
             with self._no_sync(model) if position < len(batches) else nullcontext():
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                     loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
-                self.accelerator.backward(loss)
+                self._backward(loss)
             total += loss.detach()
         return total
 
