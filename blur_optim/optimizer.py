@@ -176,6 +176,32 @@ class BLUR(OptimizerWrapper):
         skipped = self._two_phase.skipped
         return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
 
+    def configure(self, **options: Any) -> None:
+        """Change arguments of the constructor between two steps, all or none; a step that was under way is dropped.
+
+        Args:
+            **options: ``rule``, ``normalize``, ``scope``, ``max_grad_norm``, ``stash``, ``backend``. ``gamma`` and
+                ``retain_weight`` are changed in the param groups.
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: a value is out of range.
+        """
+        names = ("rule", "normalize", "scope", "max_grad_norm", "stash", "backend")
+        if unknown := sorted(options.keys() - set(names)):
+            raise TypeError(f"`configure` takes {', '.join(names)}, got {unknown}.")
+        before = {name: getattr(self, name) for name in names}
+        self.__dict__.update(options)
+        try:
+            self._settings()
+            check_choice("stash", self.stash, STASHES)
+            for device in {p.device for p in self._two_phase.params()}:
+                select_backend(self.backend, device)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        self._renew(self._two_phase.skipped)
+
     def params_by_group(self) -> list[list[Tensor]]:
         """The parameters whose gradients are combined, by param group; the same that ``statistics.params`` are of."""
         return [list(group["params"]) for group in self.param_groups]
@@ -197,6 +223,9 @@ class BLUR(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.pop("_skipped")
         super().__setstate__(state)
+        self._renew(skipped)
+
+    def _renew(self, skipped: Tensor) -> None:
         self._two_phase = self._make_two_phase()
         self._two_phase.skipped = skipped
 

@@ -62,8 +62,9 @@ class BLURStepMixin:
                 checkpoints may have changed them.
         """
         blur, options = self.blur, self.blur_options
-        blur.__setstate__({name: value for name, value in options.items() if name not in ("gamma", "retain_weight")})
-        for name in {"gamma", "retain_weight"} & set(changed):
+        in_groups = {"gamma", "retain_weight"}
+        blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
+        for name in in_groups & set(changed):
             for group in blur.param_groups:
                 group[name] = options[name]
 

@@ -29,7 +29,7 @@ def names(tmp_path, monkeypatch):
 
 
 def test_every_block_is_marked():
-    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 5
+    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 8
 
 
 # Two that a user sees too: the Trainer looks for a GPU to pin memory for, and peft for an attribute's older name.
