@@ -25,6 +25,7 @@ from .tracks.task import Task
 KINDS = ("forget", "retain", "untouched")
 WARM_UP = 0.1  # of the steps
 RELEARNING_LR = 3e-4
+NOTHING_LOST = 0.99  # of the probability of retain and untouched rows
 
 Look = dict[str, Any]
 
@@ -38,14 +39,14 @@ class Unlearning:
     """
 
     def __init__(self, job: Job, before: Before, task: Task, settings: Settings) -> None:
-        self.job, self.task, self.settings = job, task, settings
+        self.job, self.before, self.task, self.settings = job, before, task, settings
         self.model: Model = copy.deepcopy(before.model).train()
         method = parse_method(job.method)
         self.losses = Losses(method, self.model, before, task, settings)
         trained = self.losses.parameters()
         for p in trained:  # No others: their gradients would pile up, as no optimizer clears them.
             p.requires_grad_(True)
-        self.optimizer = make_optimizer(method, trained, job.weight, job.lr)
+        self.optimizer = make_optimizer(method, trained, job.weight, job.lr, settings.steps)
         self.path: list[Look] = []
         self.steps: list[dict[str, Any]] = []
         self.diverged = False
@@ -95,6 +96,32 @@ class Unlearning:
         seen = self.optimizer.statistics.to_dict()
         self.steps.append({"step": number, "forget_loss": float(forget_loss), "retain_loss": float(retain_loss)})
         self.steps[-1] |= {name: value for name, value in seen.items() if not isinstance(value, list)}
+
+
+def looks_on_the_line(run: Unlearning, first: Look) -> list[Look]:
+    r"""Look at :math:`\theta_0 + s(\theta_u - \theta_0)`, from the end of the run back to where it has lost nothing.
+
+    Whatever a run did, this is the plainest way to what keeps more; so it compares directions, not strengths.
+
+    Args:
+        first: a look at the target.
+    Returns:
+        Looks with ``share`` s = 0.9, 0.8, ... down to the first that keeps ``NOTHING_LOST`` of the target.
+    """
+    start = [p.detach() for p in run.before.model.parameters()]
+    end = [p.detach().clone() for p in run.model.parameters()]
+    looks: list[Look] = []
+    for tenths in range(9, 0, -1):
+        with torch.no_grad():
+            for p, a, b in zip(run.model.parameters(), start, end, strict=True):
+                p.copy_(torch.lerp(a, b, tenths / 10))
+        looks.append(run.look(run.settings.steps) | {"share": tenths / 10})
+        if all(looks[-1][k]["probability"] >= NOTHING_LOST * first[k]["probability"] for k in ("retain", "untouched")):
+            break
+    with torch.no_grad():
+        for p, b in zip(run.model.parameters(), end, strict=True):
+            p.copy_(b)
+    return looks
 
 
 def look_steps(settings: Settings) -> set[int]:

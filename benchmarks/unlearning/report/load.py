@@ -76,7 +76,7 @@ class Relearning:
 
 @dataclass(frozen=True)
 class Run:
-    """One result file."""
+    """One result file. ``line``: between the target and the end of the run, from there on; empty if not looked at."""
 
     stage: str
     method: Method
@@ -86,6 +86,7 @@ class Run:
     seed: int
     full_scores: bool
     path: tuple[PathPoint, ...]
+    line: tuple[PathPoint, ...]
     steps: tuple[Step, ...]
     final: Measured | None
     scores: dict[str, float | None] | None
@@ -272,6 +273,7 @@ def _run(fields: Fields) -> Run:
         seed=job.integer("seed"),
         full_scores=job.values.get("full_scores") is True,
         path=tuple(_path_point(entry) for entry in fields.children("path")) if fields.values.get("path") else (),
+        line=tuple(_path_point(entry) for entry in fields.children("line")) if fields.values.get("line") else (),
         steps=tuple(_step(entry) for entry in fields.children("steps")) if fields.values.get("steps") else (),
         final=None if diverged else _measured(fields.child("final")),
         scores=_scores(fields),

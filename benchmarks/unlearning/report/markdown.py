@@ -48,6 +48,12 @@ HYPERVOLUME = (
 )
 SECTIONS = {
     "equal retain": ("Forgetting at equal retain", "trade-off", EQUAL_RETAIN),
+    "line": (
+        "On the straight line",
+        None,
+        "The same comparison, with θ₀ + s(θ_u − θ₀) in place of the moments of a run: θ₀ the target, θ_u the end of the "
+        "run, s from 1 down to where 99 % is kept. It asks which way a method went, not how far.",
+    ),
     "selected": (
         "At the selected weight",
         "memorisation",
@@ -98,6 +104,8 @@ def write(summary: Summary, tables: Mapping[str, tuple[Table, ...]], figures: Ma
     blocks = [*_head(summary), "## Reading", READING, _list(reading(summary)) or "Nothing can be compared yet."]
     for key, (title, figure, note) in SECTIONS.items():
         shown = [table for table in tables[key] if table.rows]
+        if key == "line" and not shown:  # Only some settings look there.
+            continue
         blocks += [f"## {title}", note]
         if not shown:
             blocks += ["Not measured."]

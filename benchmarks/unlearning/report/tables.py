@@ -76,6 +76,13 @@ def equal_retain_tables(summary: Summary) -> tuple[Table, ...]:
     return tuple(_equal_retain(summary, tau) for tau in TAUS)
 
 
+def line_tables(summary: Summary) -> tuple[Table, ...]:
+    """The same on the straight line to the end of each run; none where no run looked there."""
+    if not any(method.on_line[tau] for method in summary.methods for tau in TAUS):
+        return ()
+    return tuple(_equal_retain(summary, tau, on_line=True) for tau in TAUS)
+
+
 PAIRED = (
     Column("difference", "paired"),
     Column("wins", "wins"),
@@ -84,13 +91,13 @@ PAIRED = (
 )
 
 
-def _equal_retain(summary: Summary, tau: float) -> Table:
+def _equal_retain(summary: Summary, tau: float, *, on_line: bool = False) -> Table:
     rows = []
     for method in summary.methods:
-        values = method.at_tau[tau]
+        values = (method.on_line if on_line else method.at_tau)[tau]
         reached = [value for value in values.values() if value is not None]
-        difference = summary.at_equal_retain(method, tau)
-        retrained = summary.reached_retrained(method, tau)
+        difference = summary.at_equal_retain(method, tau, on_line=on_line)
+        retrained = summary.reached_retrained(values)
         counts = (f"{len(reached)} of {len(values)}", None if retrained is None else f"{retrained} of {len(values)}")
         rows.append((method.method.label, spread(reached), *counts, *[difference] * len(PAIRED)))
     columns = (
@@ -100,7 +107,7 @@ def _equal_retain(summary: Summary, tau: float) -> Table:
         Column("as low as retrained"),
         *PAIRED,
     )
-    return Table(f"equal-retain-{tau:g}", f"Keeping {percent(tau)} of retain and untouched", columns, tuple(rows))
+    return Table(f"{'line' if on_line else 'equal-retain'}-{tau:g}", f"Keeping {percent(tau)} of retain and untouched", columns, tuple(rows))
 
 
 def hypervolume_table(summary: Summary) -> Table:
@@ -243,6 +250,7 @@ def all_tables(summary: Summary) -> dict[str, tuple[Table, ...]]:
     """Return the tables by section of the report; a section may have none."""
     return {
         "equal retain": (*equal_retain_tables(summary), hypervolume_table(summary)),
+        "line": line_tables(summary),
         "selected": (main_table(summary),),
         "scores": score_tables(summary),
         "gradients": (alignment_table(summary),),
