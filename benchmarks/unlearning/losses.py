@@ -58,7 +58,9 @@ class Losses:
             self.steering = steering_vector(model.config.hidden_size, settings.steering, generator, device=model.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what is trained: everything, or for RMU the down-projections of its layers."""
+        """Return what is trained: everything, or the adapters, or for RMU the down-projections of its layers."""
+        if self.settings.lora_rank:
+            return [p for p in self.model.parameters() if p.requires_grad]
         if self.method.forget_loss != "rmu":
             return list(self.model.parameters())
         return [self.model.model.layers[i].mlp.down_proj.weight for i in self.settings.layers]

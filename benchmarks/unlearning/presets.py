@@ -46,7 +46,14 @@ FULL_METHODS = (
     "hinge+nll/weighted_sum",
 )
 
-HELD_OUT_METHODS = ("npo+nll/weighted_sum",)
+HELD_OUT = ("weighted_sum", "blur", "normalized", "blur-metric", "dual-moments", "retain-normal", "forget-gain")
+HELD_OUT_METHODS = (
+    *(f"npo+nll/{combine}" for combine in HELD_OUT),
+    *(f"simnpo+nll/{combine}" for combine in HELD_OUT),
+    "npo+nll/primal-dual",
+    "margin+nll/primal-dual",
+    "ga+nll/dampening",
+)
 
 TOFU = Settings("tofu", "short", "tofu", "", "forget10", methods=SHORT_METHODS)
 PRESETS: dict[tuple[str, str], Settings] = {
@@ -102,9 +109,10 @@ PRESETS: dict[tuple[str, str], Settings] = {
         judged_rows=40,
         generated_rows=20,
         lrs=(3e-4, 1e-3),
-        tuning_weights=(1.0, 0.3, 0.1),
+        tuning_weights=(1.0, 0.3),
         weights=(),
         seeds=tuple(seed for seed in range(20) if seed % 4),
+        judged_seeds=(1, 2, 3),
     ),
     # A real pretrained model of 135M parameters, given by --model: one row costs it what a hundred cost the small ones.
     ("tofu", "pretrained"): replace(

@@ -14,18 +14,25 @@ from blur_optim.step.rules import RULES, Dots
 from .two_gradients import TwoGradients, dot
 
 
+# M^-1 g_f is in steps of the retain loss, of which M^-1 g_r is about one. A bounded forget loss has a gradient that falls
+# exponentially with what is forgotten (NPO on TOFU: 1e-6 of its first at log p -6.5, 1e-36 at -29); scaled up without end
+# it would go on for ever, and overflow.
+FLOOR = 1e-8
+
+
 class RetainMetric(TwoGradients):
     r"""Combine in the metric of the retain loss, M = AdamW's denominator fed by g_r alone.
 
     .. math::
         v &\leftarrow \beta_2 v + (1 - \beta_2)\, g_r^2, \qquad \hat v = v / (1 - \beta_2^t) \\
         M &= \mathrm{diag}\bigl((\hat v + \delta \bar v)^p\bigr) + \epsilon, \qquad
-        s = 1 / \mathrm{rms}(M^{-1} g_f) \\
+        s = 1 / \max(\mathrm{rms}(M^{-1} g_f), 10^{-8}) \\
         (a, b) &= \mathrm{rule}(\langle g_r, s g_f\rangle_{M^{-1}}, \|s g_f\|_{M^{-1}}^2, \|g_r\|_{M^{-1}}^2), \qquad
         m \leftarrow \beta_1 m + (1 - \beta_1)\,(a s\, g_f + b\, g_r) \\
         \theta &\leftarrow (1 - \eta\lambda)\,\theta - \eta\, M^{-1} m / (1 - \beta_1^t)
 
-    γ: root mean square of the forget part of the step in units of the learning rate, whatever the loss's scale.
+    γ: root mean square of the forget part of the step in units of the learning rate, whatever the loss's scale; down to
+    ``FLOOR``, from where on the forget part fades with its gradient.
 
     Args:
         damping: δ; \bar v is the mean of \hat v over all coordinates, or with ``damping_scope="parameter"`` over the
@@ -65,7 +72,7 @@ class RetainMetric(TwoGradients):
         inverse = self._inverse_metric(forget_grads, retain_grads)
         steps = torch._foreach_mul(forget_grads, inverse)
         rms = (dot(steps, steps) / self.count).sqrt()
-        scale = torch.where(rms > 0, 1 / rms, 0.0)
+        scale = 1 / rms.clamp(min=FLOOR)
         dots = Dots(
             scale * dot(retain_grads, steps),
             scale**2 * dot(forget_grads, steps),

@@ -49,6 +49,7 @@ class Settings:
         judged_rows, generated_rows: at most so many rows of a kind, beside those to forget, for the benchmark's scores,
             and so many answers.
         relearned_rows, relearning_steps: the attack on every model that gets full scores; 0: none.
+        lora_rank: of adapters that are trained in place of the model's own weights; 0: none.
         beta: of NPO and DPO; ``simnpo_beta`` and ``steering`` likewise.
         layers: of RMU: the trained ones, ending with the steered one.
         device, dtype: of the models while they unlearn and are judged; training is in float32.
@@ -89,6 +90,7 @@ class Settings:
     generated_rows: int = 100
     relearned_rows: int = 10
     relearning_steps: int = 20
+    lora_rank: int = 0
     beta: float = 0.1
     simnpo_beta: float = 2.5
     steering: float = 6.5

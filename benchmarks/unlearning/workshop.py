@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared_lib.metrics import thin_out
 from shared_lib.models import Model, load_model, load_tokenizer, quiet_transformers
 
 from . import targets
 from .jobs import FORMAT, Job, result_file, setting_folder, write_json, yardstick_file
-from .loop import KINDS, Look, Unlearning, look_at, looks_on_the_line, relearn
+from .loop import KINDS, Look, Unlearning, look_at, look_quantized, looks_on_the_line, probabilities, relearn
 from .losses import Before
 from .methods import parse_method
 from .settings import Settings
@@ -66,6 +67,8 @@ class Workshop:
             "parameters": model.num_parameters(),
             "rows": {kind: len(getattr(task, kind)) for kind in KINDS},
             "relearning": None,
+            "unseen": probabilities(model, thin_out(task.unseen, self.settings.look_rows)) if task.unseen else None,
+            "quantized": look_quantized(model, task, self.settings),
         }
         if role == RETRAINED:
             if self.settings.relearning_steps:  # What comes back in a model that never knew it was not relearned.
@@ -92,6 +95,7 @@ class Workshop:
             result["line"] = looks_on_the_line(run, run.path[0])
         if job.full_scores and not run.diverged:
             result["scores"] = task.judge(run.model, self._reference(number))[0]
+            result["quantized"] = look_quantized(run.model, task, self.settings)
             if self.settings.relearning_steps:
                 result["relearning"] = relearn(run.model, task, self.settings, job.seed)
         result |= {"seconds": time.perf_counter() - start, "threads": self.settings.threads}

@@ -230,6 +230,22 @@ def test_the_step_in_the_metric_is_its_equation(rule: str, damping_scope: str, p
         torch.testing.assert_close(gained, asked, **EXACT)
 
 
+def test_a_forget_gradient_below_the_floor_fades() -> None:
+    steps = []
+    for size in (1.0, 1e-6, 1e-10, 1e-12):
+        problem = Problem()
+        problem.forget_scale = [size * d for d in problem.forget_scale]
+        problem.retain_target = [x - 1.0 for x in problem.start]  # A retain gradient of ones: the metric is flat.
+        optimizer = RetainMetric(problem.params, 0.3, lr=LR, rule="weighted_sum", weight_decay=0.0)
+        problem.step(optimizer)
+        retain = [-LR / (1.01**0.5 + 1e-8) * torch.ones_like(x) for x in problem.start]
+        forget = [new - old - r for new, old, r in zip(problem.moved(), problem.start, retain, strict=True)]
+        steps.append((inner(forget, forget) / sum(x.numel() for x in forget)).sqrt().item() / LR)
+    assert steps[:2] == pytest.approx([0.3, 0.3])
+    assert steps[2] < 0.01
+    assert steps[3] == pytest.approx(steps[2] / 100, rel=1e-3)
+
+
 def test_what_is_of_no_use_does_no_harm_in_the_metric() -> None:
     problem = Problem()
     problem.forget_scale = [torch.zeros_like(d) for d in problem.forget_scale]  # Nothing left to forget.

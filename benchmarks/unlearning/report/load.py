@@ -90,6 +90,7 @@ class Run:
     steps: tuple[Step, ...]
     final: Measured | None
     scores: dict[str, float | None] | None
+    quantized: Measured | None
     relearning: tuple[Relearning, ...]
     diverged: bool
     seconds: float
@@ -97,12 +98,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """A model that nothing was unlearned from: the target, or one that never saw the rows to forget."""
+    """A model that nothing was unlearned from: the target, or one that never saw the rows to forget.
+
+    ``unseen``: how well it knows rows that nobody learned. ``quantized``: what is left of it in 4 bits.
+    """
 
     final: Measured
     memorisation: dict[str, float]
     scores: dict[str, float | None]
     relearning: tuple[Relearning, ...]
+    unseen: Probability | None = None
+    quantized: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -221,13 +227,18 @@ def _yardsticks(folder: Path, name: str) -> dict[int | None, Yardstick]:
             _memorisation(fields.child("final")),
             _scores(fields) or {},
             _relearning(fields),
+            _probability(fields.child("unseen")) if fields.values.get("unseen") else None,
+            _measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
         )
     return found
 
 
 def _measured(fields: Fields) -> Measured:
-    kinds = {kind: fields.child(kind) for kind in KINDS}
-    return Measured(**{k: Probability(f.number("log_prob"), f.number("probability")) for k, f in kinds.items()})
+    return Measured(**{kind: _probability(fields.child(kind)) for kind in KINDS})
+
+
+def _probability(fields: Fields) -> Probability:
+    return Probability(fields.number("log_prob"), fields.number("probability"))
 
 
 def _measured_or_none(fields: Fields) -> Measured | None:
@@ -277,6 +288,7 @@ def _run(fields: Fields) -> Run:
         steps=tuple(_step(entry) for entry in fields.children("steps")) if fields.values.get("steps") else (),
         final=None if diverged else _measured(fields.child("final")),
         scores=_scores(fields),
+        quantized=_measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
         relearning=_relearning(fields),
         diverged=diverged,
         seconds=fields.number_or_none("seconds") or 0.0,

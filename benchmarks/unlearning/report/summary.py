@@ -204,6 +204,29 @@ def _line(setting: Setting, run: Run) -> list[Point]:
     return [_point(measured, target, start=start) for measured, start in looks if measured]
 
 
+def stop_at_unseen(setting: Setting, run: Run) -> tuple[int, float] | tuple[None, None] | None:
+    """Find the first look at which the rows to forget are as improbable as rows that nobody learned.
+
+    Returns:
+        Its step, and what is kept there; (None, None) of a run that has none; None where the level is not known.
+    """
+    target = setting.target(run.seed)
+    if target is None or target.unseen is None:
+        return None
+    for entry in run.path:
+        if entry.measured and entry.measured.forget.log_prob <= target.unseen.log_prob:
+            return entry.step, _point(entry.measured, target, start=False).kept
+    return None, None
+
+
+def share_kept(setting: Setting, run: Run) -> float:
+    """Return what is kept at the end of a run that did not diverge."""
+    target = setting.target(run.seed)
+    assert target is not None
+    assert run.final is not None
+    return _point(run.final, target, start=False).kept
+
+
 def _lowest_along(paths: list[list[Point]], tau: float) -> float | None:
     """Return the lowest log p_forget of any look, or between two looks of a run, that keeps at least tau."""
     return lowest_at([point for path in paths for point in (*path, *crossings(path, tau))], tau)

@@ -75,6 +75,7 @@ class TofuData:
             untouched=encode_rows(tokenizer, self.untouched),
             refusals=refusals(tokenizer, self.forget),
             judge=partial(self._judge, tokenizer, settings),
+            unseen=encode_rows(tokenizer, self.holdout),
         )
 
     def _judge(self, tokenizer: Tokenizer, settings: Settings, model: Model, retrained: Any = None) -> Judgement:
@@ -101,7 +102,8 @@ def _read(settings: Settings, cut: int) -> tuple[list[Row], list[Row]]:
         part = settings.subset.replace("forget", "holdout").replace("coupled", "holdout")
         return read_rows(settings.data), read_part(settings.data, part)
     unseen = cut // ROWS_PER_AUTHOR
-    rows = load_rows(None, (settings.authors or MAX_AUTHORS - unseen) + unseen, seed=0)
+    authors = settings.authors + max(settings.blocks, default=0)
+    rows = load_rows(None, (authors or MAX_AUTHORS - unseen) + unseen, seed=0)
     return rows[:-cut], rows[-cut:]
 
 
