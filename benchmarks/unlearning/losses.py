@@ -130,7 +130,7 @@ def logit_margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def batch_rows(examples: list[Example]) -> int:
     """Return how many rows are measured at a time: 16, or fewer where they are long.
 
-    120 rows of TOFU on one thread of an AMD EPYC, 0.8M parameters: 0.38 CPU-seconds with 16, 0.42 with 32, 0.64 with 64.
+    120 rows of TOFU, one thread of an AMD EPYC, 0.8M parameters: 0.38 CPU-seconds with 16, 0.42 with 32, 0.64 with 64.
     """
     longest = max((len(example.prompt) + len(example.answer) for example in examples), default=1)
     return max(1, min(16, 16384 // longest))

@@ -56,6 +56,7 @@ IN_THE_METRIC: dict[str, dict[str, Any]] = {
     "normalized-metric": {"rule": "normalized"},
     "metric-of-sum": {"second_moment_of": "sum"},
     "metric-power-1": {"power": 1.0},
+    "metric-no-floor": {"floor": 0.0},
     "metric-damped-by-tensor": {"damping_scope": "parameter"},
 }
 

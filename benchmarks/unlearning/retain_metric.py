@@ -13,10 +13,9 @@ from blur_optim.step.rules import RULES, Dots
 
 from .two_gradients import TwoGradients, dot
 
-
-# M^-1 g_f is in steps of the retain loss, of which M^-1 g_r is about one. A bounded forget loss has a gradient that falls
-# exponentially with what is forgotten (NPO on TOFU: 1e-6 of its first at log p -6.5, 1e-36 at -29); scaled up without end
-# it would go on for ever, and overflow.
+# M^-1 g_f is in steps of the retain loss, of which M^-1 g_r is about one. A bounded forget loss has a gradient that
+# falls exponentially with what is forgotten (NPO on TOFU: 1e-6 of its first at log p -6.5, 1e-36 at -29); scaled up
+# without end it would go on for ever, and overflow.
 FLOOR = 1e-8
 
 
@@ -39,6 +38,7 @@ class RetainMetric(TwoGradients):
             tensor's own.
         second_moment_of: "retain", or "sum" for g_r^2 replaced by the square of γ g_f + g_r, as AdamW has it.
         power: p; 1/2 as AdamW, 1 as the diagonal Fisher.
+        floor: of the root mean square, 1e-8 in the equation.
     """
 
     def __init__(
@@ -54,13 +54,14 @@ class RetainMetric(TwoGradients):
         damping_scope: str = "all",
         second_moment_of: str = "retain",
         power: float = 0.5,
+        floor: float = FLOOR,
         rule: str = "blur",
         base: Any = None,
     ) -> None:
         super().__init__(params, gamma, SGD, lr=lr)
         self.weight_decay, self.betas, self.eps, self.damping = weight_decay, betas, eps, damping
         self.damping_scope, self.second_moment_of, self.power = damping_scope, second_moment_of, power
-        self.rule = RULES[rule]
+        self.floor, self.rule = floor, RULES[rule]
         self.moments = [torch.zeros_like(p) for p in self.params]
         self.second_moments = [torch.zeros_like(p) for p in self.params]
         self.steps = 0
@@ -72,7 +73,7 @@ class RetainMetric(TwoGradients):
         inverse = self._inverse_metric(forget_grads, retain_grads)
         steps = torch._foreach_mul(forget_grads, inverse)
         rms = (dot(steps, steps) / self.count).sqrt()
-        scale = 1 / rms.clamp(min=FLOOR)
+        scale = torch.where(rms > 0, 1 / rms.clamp(min=self.floor), 0.0)
         dots = Dots(
             scale * dot(retain_grads, steps),
             scale**2 * dot(forget_grads, steps),

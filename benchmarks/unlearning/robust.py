@@ -78,5 +78,9 @@ class Bloop(TwoGradients):
         c = dot(retain_grads, self.mean) / dot(self.mean, self.mean).clamp(min=torch.finfo(torch.float64).tiny)
         triples = zip(forget_grads, retain_grads, self.mean, strict=True)
         u = [self.gamma * f + r - c.to(m.dtype) * m for f, r, m in triples]
-        self.seen |= {"forget_coefficient": self.gamma, "retain_coefficient": 1.0, "update_norm": float(dot(u, u).sqrt())}
+        self.seen |= {
+            "forget_coefficient": self.gamma,
+            "retain_coefficient": 1.0,
+            "update_norm": float(dot(u, u).sqrt()),
+        }
         self.base_step(u)

@@ -113,7 +113,14 @@ def tuning_jobs(settings: Settings) -> list[Job]:
 def sweep_jobs(settings: Settings, selected: Selected) -> list[Job]:
     """List the runs of the held-out seeds: every weight, and the chosen one, at the learning rate that tuning chose."""
     return [
-        Job(SWEEP, method, weight, chosen["lr"], seed, full_scores=weight == chosen["weight"] and _judged(settings, seed))
+        Job(
+            SWEEP,
+            method,
+            weight,
+            chosen["lr"],
+            seed,
+            full_scores=weight == chosen["weight"] and _judged(settings, seed),
+        )
         for method, chosen in selected.items()
         for seed in settings.seeds
         for weight in dict.fromkeys([*weights_of(method, settings.weights), chosen["weight"]])
@@ -156,7 +163,7 @@ def select(settings: Settings, folder: Path) -> Selected:
 
 
 def _mean_forgotten(run: dict[str, Any], target: dict[str, Any], taus: Iterable[float]) -> float:
-    """Return the lowest log p_forget at equal retain, on average over ``taus``; the target's where nothing keeps that."""
+    """Return the lowest log p_forget at equal retain, on average over ``taus``; the target's where nothing keeps it."""
     path = [
         Point(kept(look, target), look["forget"]["log_prob"], look["forget"]["probability"], start=look["step"] == 0)
         for look in _looks(run)

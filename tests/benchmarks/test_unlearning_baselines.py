@@ -219,9 +219,7 @@ def test_the_step_in_the_metric_is_its_equation(rule: str, damping_scope: str, p
         else:
             a, b = gamma / inner(f, steps).sqrt(), 1 / inner(r, weighted).sqrt()
         m = [betas[0] * x + (1 - betas[0]) * (a * y + b * z) for x, y, z in zip(m, f, r, strict=True)]
-        at = [
-            (1 - LR * decay) * p - LR * x / (1 - betas[0] ** t) / y for p, x, y in zip(at, m, metric, strict=True)
-        ]
+        at = [(1 - LR * decay) * p - LR * x / (1 - betas[0] ** t) / y for p, x, y in zip(at, m, metric, strict=True)]
         problem.step(optimizer)
     same(problem.moved(), at)
     if rule == "blur":  # What is gained in f, momentum aside, is what gamma asks for.

@@ -187,7 +187,9 @@ def test_forget_only_ignores_the_retain_gradient_and_the_weight() -> None:
     moved = []
     for retain, weight in ((RETAIN, 1.0), (100 * RETAIN, 0.1)):
         problem = Quadratic(retain=retain)
-        moved.append(problem.step(make_optimizer(Method("ga", "nll", "forget-only"), problem.params, weight, LR, STEPS)))
+        moved.append(
+            problem.step(make_optimizer(Method("ga", "nll", "forget-only"), problem.params, weight, LR, STEPS))
+        )
     assert torch.equal(moved[0], moved[1])
     torch.testing.assert_close(moved[0], -LR * FORGET.double())
 

@@ -66,7 +66,8 @@ def test_what_is_untouched_must_be_kept_too(tmp_path: Path) -> None:
     [method] = [m for m in summary_of(tmp_path, runs).methods if m.method.id == BLUR]
     # On the way from the start to the first look, which keeps 0.94, p falls from exp(-0.02) to exp(-5).
     between = {
-        tau: math.log(math.exp(-0.02) + (1 - tau) / 0.06 * (math.exp(-5) - math.exp(-0.02))) for tau in (0.99, 0.98, 0.95)
+        tau: math.log(math.exp(-0.02) + (1 - tau) / 0.06 * (math.exp(-5) - math.exp(-0.02)))
+        for tau in (0.99, 0.98, 0.95)
     }
     lowest = {tau: level for tau, (level,) in ((tau, found.values()) for tau, found in method.at_tau.items())}
     assert lowest == pytest.approx(between | {0.9: -5.0, 0.8: -5.0})
@@ -78,7 +79,9 @@ def test_the_straight_line_is_compared_where_runs_looked_there(tmp_path: Path) -
     for run in runs:
         if run["job"]["weight"] == 1.0:
             # Halfway 0.97 is kept; from there on to the end at 0.92, p falls in a straight line.
-            run["line"] = [{"step": 20, "epoch": 1.0, "share": 0.5, **kept(-0.5 if run["job"]["method"] == SUM else -2.0, 0.97)}]
+            run["line"] = [
+                {"step": 20, "epoch": 1.0, "share": 0.5, **kept(-0.5 if run["job"]["method"] == SUM else -2.0, 0.97)}
+            ]
     at = {table.key: by_label(table) for table in tables.line_tables(summary_of(tmp_path / "line", runs))}
     ours, theirs = (at["line-0.95"][f"NPO + NLL: {name}"] for name in ("BLUR", "weighted sum"))
     end = {1: -4.5, 2: -5.1, 3: -3.9}

@@ -12,7 +12,9 @@ from ..two_gradients import Closure, TwoGradients, angle
 class DualMoments(TwoGradients):
     r"""Step down the forget loss, then down the retain loss at where that led, with separate moments.
 
-    .. math:: \theta' = \theta - \gamma\eta\, A_f(\nabla f(\theta)), \qquad \theta'' = \theta' - \eta\, A_r(\nabla r(\theta'))
+    .. math::
+        \theta' = \theta - \gamma\eta\, A_f(\nabla f(\theta)), \qquad
+        \theta'' = \theta' - \eta\, A_r(\nabla r(\theta'))
 
     with :math:`A_f, A_r` the steps of two AdamWs. The paper's two learning rates are γη and η. Decay is the second
     one's alone, so that it is as strong as elsewhere.

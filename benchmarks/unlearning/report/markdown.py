@@ -51,8 +51,8 @@ SECTIONS = {
     "line": (
         "On the straight line",
         None,
-        "The same comparison, with θ₀ + s(θ_u − θ₀) in place of the moments of a run: θ₀ the target, θ_u the end of the "
-        "run, s from 1 down to where 99 % is kept. It asks which way a method went, not how far.",
+        "The same comparison, with θ₀ + s(θ_u − θ₀) in place of the moments of a run: θ₀ the target, θ_u the end of "
+        "the run, s from 1 down to where 99 % is kept. It asks which way a method went, not how far.",
     ),
     "selected": (
         "At the selected weight",

@@ -44,6 +44,7 @@ COMBINATIONS = {
     "normalized-metric": "normalized sum in the retain metric",
     "metric-of-sum": "metric of the sum",
     "metric-power-1": "metric with power 1",
+    "metric-no-floor": "metric without a floor",
     "metric-damped-by-tensor": "metric damped by tensor",
 }
 _ID = re.compile(r"(?P<forget>[\w-]+)(\+(?P<retain>[\w-]+))?/(?P<combine>[\w-]+)")

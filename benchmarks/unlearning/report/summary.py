@@ -151,9 +151,7 @@ def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSumma
     paths = {
         seed: [_path(setting, run) for run in runs if run.seed == seed] for seed in setting.seeds if seed in have_run
     }
-    lines = {
-        seed: [_line(setting, run) for run in runs if run.seed == seed and run.line] for seed in setting.seeds
-    }
+    lines = {seed: [_line(setting, run) for run in runs if run.seed == seed and run.line] for seed in setting.seeds}
     lines = {seed: found for seed, found in lines.items() if found and seed in have_run}
     points = {seed: tuple(chain.from_iterable(found)) for seed, found in paths.items()}
     return MethodSummary(

@@ -107,7 +107,12 @@ def _equal_retain(summary: Summary, tau: float, *, on_line: bool = False) -> Tab
         Column("as low as retrained"),
         *PAIRED,
     )
-    return Table(f"{'line' if on_line else 'equal-retain'}-{tau:g}", f"Keeping {percent(tau)} of retain and untouched", columns, tuple(rows))
+    return Table(
+        f"{'line' if on_line else 'equal-retain'}-{tau:g}",
+        f"Keeping {percent(tau)} of retain and untouched",
+        columns,
+        tuple(rows),
+    )
 
 
 def hypervolume_table(summary: Summary) -> Table:
@@ -204,10 +209,16 @@ def quantized_table(summary: Summary) -> Table | None:
     for label, yardsticks in _yardsticks(summary):
         rows.append((label, *_before_and_after([(y.final, y.quantized) for y in yardsticks])))
     for method in summary.methods:
-        rows.append((method.method.label, *_before_and_after([(run.final, run.quantized) for run in method.selected_runs])))
+        rows.append(
+            (method.method.label, *_before_and_after([(run.final, run.quantized) for run in method.selected_runs]))
+        )
     names = [f"p_{kind}, {when}" for kind in KINDS for when in _WHEN]
     rows = [row for row in rows if row[1] is not None]
-    return Table("quantized", "In 4 bits", (METHOD, *(Column(n, PROBABILITY) for n in names)), tuple(rows)) if rows else None
+    return (
+        Table("quantized", "In 4 bits", (METHOD, *(Column(n, PROBABILITY) for n in names)), tuple(rows))
+        if rows
+        else None
+    )
 
 
 def _before_and_after(pairs: Sequence[tuple[Measured | None, Measured | None]]) -> tuple[Spread | None, ...]:
@@ -218,7 +229,7 @@ def _before_and_after(pairs: Sequence[tuple[Measured | None, Measured | None]]) 
 
 
 def stopping_table(summary: Summary) -> Table | None:
-    """Where the selected runs would have stopped: at the level of rows that nobody learned; None where it is unknown."""
+    """Say where the selected runs would have stopped: at the level of rows that nobody learned. None if unknown."""
     rows = []
     for method in summary.methods:
         stops = [(run, stop_at_unseen(summary.setting, run)) for run in method.selected_runs]

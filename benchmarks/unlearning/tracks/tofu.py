@@ -29,7 +29,7 @@ class TofuData:
 
     Args:
         settings: ``data`` is a folder or a name on the hub with TOFU's parts, or empty for invented authors;
-            ``subset`` one of ``FORGOTTEN`` or ``COUPLED``; ``authors`` how many, the last ones; 0 for all that there are.
+            ``subset`` one of ``FORGOTTEN`` or ``COUPLED``; ``authors`` how many, the last ones; 0 for all there are.
         number: of the target, where ``blocks`` gives each its own authors.
     Raises:
         InputError: a part is missing or a row is not as it should be.
