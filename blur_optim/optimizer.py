@@ -1,9 +1,7 @@
-"""BLUR: the torch.optim-style wrapper. Phases, closures and everything an Optimizer owes to its surroundings."""
+"""BLUR: the torch.optim-style wrapper. What happens inside a step is the matter of :mod:`blur_optim.step`."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,23 +10,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import AdamW, Optimizer
 
 from blur_optim.kernels import select_backend
-from blur_optim.parallel.ranks import Ranks
-from blur_optim.parallel.wrappers import Wrappers, drop_held_back, holds_back, is_gathered
-from blur_optim.step.base import check_base, make_base, step_base, supports_amp_scaling
-from blur_optim.step.fused import fused_step, why_not_fused
-from blur_optim.step.gradients import PairedGradients, Rows, check_gradients, check_weight, pair_gradients
-from blur_optim.step.phases import Phase, Phases
-from blur_optim.step.projection import Projection, Projector, blend_, project
-from blur_optim.step.recompute import recompute
-from blur_optim.step.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
+from blur_optim.optimizer_wrapper import OptimizerWrapper
+from blur_optim.parallel.fsdp2 import is_gathered
+from blur_optim.step.base import check_base, make_base
+from blur_optim.step.gradients import check_weight
+from blur_optim.step.rules import UserRule
+from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
 from blur_optim.step.statistics import StepStatistics
-
-Closure = Callable[[], Any]
-SCOPES = ("global", "group", "parameter")
+from blur_optim.step.two_phase import Closure, TwoPhaseStep
 
 
-class BLUR(Optimizer):
+class BLUR(OptimizerWrapper):
     r"""Step along the forget gradient and the part of the retain gradient that does not undo it.
 
     .. math::
@@ -65,11 +58,6 @@ class BLUR(Optimizer):
         ValueError: a value is out of range, or ``params`` are copies that FSDP2 has gathered for a forward pass.
     """
 
-    _last: Projection | None
-    _found_inf: Tensor | None
-    _witness: tuple[Tensor, Tensor | None] | None
-    _zeros: list[tuple[Tensor, int]]
-    _warned = False
     #: Take the dots of each parameter too, in the same pass, for ``statistics``; on all ranks or on none.
     record_alignment = False
 
@@ -88,31 +76,25 @@ class BLUR(Optimizer):
         backend: str | None = None,
         **base_kwargs: Any,
     ) -> None:
-        # Optimizer.__init__ is not called: it would make param groups, state and hooks beside the base's.
         check_weight("gamma", gamma)
         check_weight("retain_weight", retain_weight)
-        _check_choice("scope", scope, SCOPES)
-        _check_choice("stash", stash, STASHES)
-        if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
-            raise ValueError(f"`max_grad_norm` must be a positive number or None, got {max_grad_norm!r}.")
-        _make_rule(rule, normalize)
         self.rule, self.normalize, self.scope = rule, normalize, scope
-        self.max_grad_norm, self.stash, self.backend = max_grad_norm, stash, backend
-        self.base = make_base(params, base, base_kwargs)
-        self._own_defaults = {"gamma": gamma, "retain_weight": retain_weight}
-        check_base(self.base, self._own_defaults)
-        if is_gathered(self._params()):
+        self.max_grad_norm, self.backend = max_grad_norm, backend
+        self._settings()  # For its checks.
+        check_choice("stash", stash, STASHES)
+        self.stash = stash
+        made = make_base(params, base, base_kwargs)
+        check_base(made)
+        super().__init__(made, {"gamma": gamma, "retain_weight": retain_weight})
+        self._two_phase = self._make_two_phase()
+        params = self._two_phase.params()
+        if is_gathered(params):
             raise ValueError(
                 "`params` must be the sharded parameters, got copies that FSDP has gathered for a forward pass. "
                 "Call reshard() on the model first, or make BLUR before the first forward."
             )
-        for device in {p.device for p in self._params()}:
+        for device in {p.device for p in params}:
             select_backend(backend, device)
-        self._install_defaults()
-        self._skipped = torch.zeros((), dtype=torch.int64)
-        self._begin()
-
-    # -- The step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -143,31 +125,9 @@ class BLUR(Optimizer):
                 "got one. BLUR needs the two gradients apart: split the closure in two."
             )
         if forget is None or retain is None:
-            with self._abandoning_on_error():
-                self._phases.check_step()
-                self._check_is_update()
-                self._warn_if_no_phase()
-                self._base_step()
+            self._two_phase.step_on_update(self.amp_attributes())
             return None
-        self._drop_zeros()
-        with self._abandoning_on_error():
-            self._phases.check_closures(self._has_gradients())
-            self._check_no_scaler()
-        with self._forget_phase():
-            forget_loss = self._evaluate(forget, "forget", self._has_gradients)
-        with self._abandoning_on_error():
-            self._phases.begin_retain(self._has_gradients())
-            self._wrappers.begin(self._params())
-            if self.stash == "recompute":
-                retain_loss, gradients, projection = self._recompute(retain)
-            else:
-                retain_loss = self._evaluate(retain, "retain", self._has_gradients)
-                self._end_retain()
-                gradients, projection = self._project(None)
-            self._update(gradients, projection)
-            del gradients
-        self._discard()
-        return forget_loss, retain_loss
+        return self._two_phase.step(forget, retain, self._settings(), self.amp_attributes())
 
     @contextmanager
     def forget(self) -> Iterator[None]:
@@ -182,20 +142,8 @@ class BLUR(Optimizer):
                 "`stash` must not be 'recompute' with phases, which cannot be run a second time. Use "
                 "opt.step(forget, retain), or stash='int8'."
             )
-        with self._forget_phase():
+        with self._two_phase.forget_phase():
             yield
-
-    @contextmanager
-    def _forget_phase(self) -> Iterator[None]:
-        self._drop_zeros()
-        with self._abandoning_on_error():
-            self._phases.begin_forget(self._has_gradients())
-            self._wrappers.begin(self._params())
-            yield
-            self._phases.end_forget()
-            self._wrappers.end(self._params(), "forget")
-            check_gradients(self.param_groups)
-            self._stash.take(self._params())
 
     @contextmanager
     def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> Iterator[None]:
@@ -211,104 +159,75 @@ class BLUR(Optimizer):
         Raises:
             RuntimeError: no forget phase precedes, or gradients appeared since it ended.
         """
-        with self._abandoning_on_error():
-            self._phases.begin_retain(self._has_gradients())
-            self._wrappers.begin(self._params())
+        inside = self._two_phase
+        with inside.abandoning_on_error():
+            inside.begin_retain()
             yield
-            self._end_retain()
+            inside.end_retain()
             with torch.no_grad():
-                gradients, projection = self._project(grad_scale)
-                blend_(gradients, projection.coefficients, self.backend)
+                inside.write_update(self._settings(), grad_scale)
 
     @property
     def statistics(self) -> StepStatistics | None:
         """What the last projection saw, as device tensors; None before the first. Reading them is what synchronises."""
-        if self._last is None:
+        p = self._two_phase.last
+        if p is None:
             return None
-        p = self._last
-        return StepStatistics(p.dots, p.a, p.b, p.update_norm, self._skipped, p.params, p.parameter_dots)
+        skipped = self._two_phase.skipped
+        return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
 
-    # -- What an Optimizer owes to its surroundings ------------------------------------------------------------------
+    def configure(self, **options: Any) -> None:
+        """Change arguments of the constructor between two steps, all or none; a step that was under way is dropped.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's param groups, with ``gamma`` and ``retain_weight`` in each."""
-        return self.base.param_groups
+        Args:
+            **options: ``rule``, ``normalize``, ``scope``, ``max_grad_norm``, ``stash``, ``backend``. ``gamma`` and
+                ``retain_weight`` are changed in the param groups.
 
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base.param_groups = value
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: a value is out of range.
+        """
+        names = ("rule", "normalize", "scope", "max_grad_norm", "stash", "backend")
+        if unknown := sorted(options.keys() - set(names)):
+            raise TypeError(f"`configure` takes {', '.join(names)}, got {unknown}.")
+        before = {name: getattr(self, name) for name in names}
+        self.__dict__.update(options)
+        try:
+            self._settings()
+            check_choice("stash", self.stash, STASHES)
+            for device in {p.device for p in self._two_phase.params()}:
+                select_backend(self.backend, device)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        self._renew(self._two_phase.skipped)
 
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state; BLUR adds none."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, with ``gamma`` and ``retain_weight``."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base.defaults = value
+    def params_by_group(self) -> list[list[Tensor]]:
+        """The parameters whose gradients are combined, by param group; the same that ``statistics.params`` are of."""
+        return [list(group["params"]) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. Outside a phase this also discards forget gradients that wait for their retain phase."""
-        self.base.zero_grad(set_to_none)
-        if not self._phases.is_open:
-            drop_held_back(self._params())
-            self._end_step()
-            self._zeros = [(p.grad, p.grad._version) for p in self._params() if p.grad is not None]
+        super().zero_grad(set_to_none)
+        self._two_phase.reset()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group to the base optimizer; ``gamma`` and ``retain_weight`` default as for the others."""
-        for name in self._own_defaults.keys() & param_group.keys():
-            check_weight(name, param_group[name])
-        self.base.add_param_group(param_group)
-        self._install_defaults()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state dict; the bare base optimizer can load it."""
-        return self.base.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of BLUR or of its bare base; groups without ``gamma`` and ``retain_weight`` keep theirs."""
-        present = [{name: group[name] for name in self._own_defaults} for group in self.param_groups]
-        self.base.load_state_dict(state_dict)
-        for group, weights in zip(self.param_groups, present, strict=True):
-            for name, value in weights.items():
-                group.setdefault(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        # Hook registries, and whatever the base offers beyond Optimizer (train() and eval() of a schedule-free one).
-        if name == "base":  # Not there yet while unpickling.
-            raise AttributeError(name)
-        return getattr(self.base, name)
+    def check_own(self, name: str, value: Any) -> None:
+        """Refuse a ``gamma`` or ``retain_weight`` that is no finite number >= 0."""
+        check_weight(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A step that a learning-rate scheduler wrapped is a closure over this object; torch drops it too.
-        per_step = (
-            "_phases",
-            "_ranks",
-            "_wrappers",
-            "_stash",
-            "_found_inf",
-            "_scale_needed",
-            "_zeros",
-            "_last",
-            "_witness",
-            "step",
-        )
-        return {name: value for name, value in self.__dict__.items() if name not in per_step}
+        state = super().__getstate__()
+        # Gradients under way stay here, and what is known of ranks and wrappers.
+        return {**state, "_two_phase": None, "_skipped": state["_two_phase"].skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
+        skipped = state.pop("_skipped")
+        super().__setstate__(state)
+        self._renew(skipped)
+
+    def _renew(self, skipped: Tensor) -> None:
+        self._two_phase = self._make_two_phase()
+        self._two_phase.skipped = skipped
 
     def __repr__(self) -> str:
         return f"BLUR (rule={self.rule!r}, normalize={self.normalize}, scope={self.scope!r}) over {self.base!r}"
@@ -317,186 +236,12 @@ class BLUR(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler.step asks every optimizer for this, and on one that does not unscale by itself it leaves no other
         # trace: the one chance to notice that u was made without knowing the loss scale that it depends on.
-        if self._phases.current is Phase.PROJECTED and self._scale_needed:
-            raise RuntimeError(
-                "BLUR must know the loss scale for `max_grad_norm`, `normalize` and rules that depend on the size "
-                "of the gradients. Pass the GradScaler to the retain phase: with opt.retain(grad_scale=scaler)."
-            )
-        return supports_amp_scaling(self.base)
+        self._two_phase.check_scale_is_known()
+        return super()._step_supports_amp_scaling
 
-    # -- Inside a step -----------------------------------------------------------------------------------------------
+    def _make_two_phase(self) -> TwoPhaseStep:
+        return TwoPhaseStep(self.base, self.stash)
 
-    def _evaluate(self, closure: Closure, name: str, has_gradients: Callable[[], bool]) -> Any:
-        with torch.enable_grad():
-            loss = closure()
-            missing = loss is not None and not has_gradients() and not holds_back(self._params())
-            if missing and isinstance(loss, Tensor) and loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-                missing = False
-        if not missing:
-            # Detached, so that the graph of the forget loss does not live through the retain phase.
-            return loss.detach() if isinstance(loss, Tensor) else loss
-        raise RuntimeError(
-            f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
-            "where there is nothing to compute in this step."
-        )
-
-    def _project(self, grad_scale: GradScaler | Tensor | float | None) -> tuple[PairedGradients, Projection]:
-        """Take the coefficients from the gradients of both phases; what is left is to apply them."""
-        check_gradients(self.param_groups)
-        self._ranks.update(self._params())
-        # Every rank needs the same rows, also where a parameter has no gradient on this one.
-        rows = Rows.of(
-            self.param_groups,
-            lambda p: self._ranks.are_many or p.grad is not None or self._stash.get(p) is not None,
-            self.scope == "parameter",
-        )
-        gradients = pair_gradients(rows, self._stash, self._ranks)
-        if isinstance(grad_scale, GradScaler):
-            # The scale as a device tensor: get_scale() would read it on the host.
-            grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
-        projection = project(gradients, self._settings(), grad_scale)
-        self._record(gradients, projection)
-        depends_on_size = self.normalize or self.rule == "normalized" or callable(self.rule)
-        self._scale_needed = grad_scale is None and (depends_on_size or self.max_grad_norm is not None)
-        return gradients, projection
-
-    def _recompute(self, retain: Closure) -> tuple[Any, PairedGradients, Projection]:
-        self._ranks.update(self._params())
-        loss, gradients, projection, applied = recompute(
-            lambda has_gradients: self._evaluate(retain, "retain", has_gradients),
-            self.param_groups,
-            self._stash,
-            self._settings(),
-            not self.normalize and self.rule in RETAIN_NORM_FREE,
-            self.scope == "parameter",
-            self._ranks,
-        )
-        self._end_retain()
-        self._record(gradients, projection)
-        return loss, gradients, applied
-
-    def _end_retain(self) -> None:
-        self._phases.end_retain()
-        self._wrappers.end(self._params(), "retain")
-
-    def _settings(self) -> Projector:
-        rule = _make_rule(self.rule, self.normalize)
-        return Projector(self.backend, rule, self.scope == "global", self.max_grad_norm, self.record_alignment)
-
-    def _record(self, gradients: PairedGradients, projection: Projection) -> None:
-        self._last, self._found_inf = projection, projection.found_inf
-        self._skipped = self._found_inf.long() + self._skipped.to(self._found_inf.device)
-        # The smallest, for it is kept alive.
-        smallest = min((pair.param for pair in gradients.pairs), key=lambda p: p.numel(), default=None)
-        self._witness = None if smallest is None else (smallest, smallest.grad)
-
-    def _update(self, gradients: PairedGradients, projection: Projection) -> None:
-        if not why_not_fused(self.base, gradients, self.backend):
-            fused_step(self.base, gradients, projection, self.backend)
-            return
-        blend_(gradients, projection.coefficients, self.backend)
-        gradients.clear()  # The forget gradients: the base's step must not find them in memory.
-        self._base_step()
-
-    def _base_step(self) -> None:
-        # GradScaler leaves these two on an optimizer that unscales by itself.
-        amp: dict[str, Tensor | None] = {
-            name: self.__dict__[name] for name in ("grad_scale", "found_inf") if name in self.__dict__
-        }
-        # What was found in the update holds for as long as p.grad is that update, so also for a second step on it.
-        is_update = self._witness is not None and self._witness[0].grad is self._witness[1]
-        step_base(self.base, self._found_inf if is_update else None, amp)
-
-    # -- Bookkeeping -------------------------------------------------------------------------------------------------
-
-    def _params(self) -> Iterator[Tensor]:
-        # Read anew each time: accelerate replaces the lists in the groups.
-        return (p for group in self.param_groups for p in group["params"])
-
-    def _has_gradients(self) -> bool:
-        return any(p.grad is not None for p in self._params()) or holds_back(self._params())
-
-    def _check_no_scaler(self) -> None:
-        if "grad_scale" in self.__dict__:
-            raise RuntimeError(
-                "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in "
-                "`with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
-            )
-
-    def _check_is_update(self) -> None:
-        # Without a gradient in either phase there is no update: what is in p.grad has come from somewhere else.
-        if self._phases.current is Phase.PROJECTED and self._witness is None and self._has_gradients():
-            raise RuntimeError(
-                "opt.step() must find in p.grad what the phases left there, nothing, got gradients. An engine that "
-                "collects gradients in buffers of its own, such as DeepSpeed, has put both phases into one."
-            )
-
-    def _warn_if_no_phase(self) -> None:
-        # torch.distributed.checkpoint makes the state by such a step, with a rate of 0.
-        if self._phases.current is not Phase.IDLE or self._warned or not self._has_gradients():
-            return
-        if any(group.get("lr", 1.0) != 0 for group in self.param_groups):
-            self._warned = True
-            warnings.warn(
-                f"opt.step() had no phases before it: {type(self.base).__name__} stepped on what was in p.grad, not "
-                "BLUR. Give it two closures, or compute the gradients in `with opt.forget()` and `with opt.retain()`.",
-                stacklevel=4,
-            )
-
-    def _drop_zeros(self) -> None:
-        """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""
-        zeros = {id(grad) for grad, version in self._zeros if grad._version == version}
-        for p in self._params() if zeros else ():
-            if id(p.grad) in zeros:
-                p.grad = None
-        self._zeros = []
-
-    def _install_defaults(self) -> None:
-        for name, value in self._own_defaults.items():
-            self.base.defaults.setdefault(name, value)
-            for group in self.param_groups:
-                check_weight(name, group.setdefault(name, value))
-
-    def _begin(self) -> None:
-        self._phases = Phases()
-        self._ranks, self._wrappers = Ranks(), Wrappers()
-        self._stash = STASHES[self.stash]()
-        self._last = None
-        self._end_step()
-
-    def _end_step(self) -> None:
-        self._stash.clear()
-        self._phases.current = Phase.IDLE
-        self._found_inf = self._witness = None
-        self._scale_needed = False
-        self._zeros = []
-
-    def _discard(self) -> None:
-        """Drop every gradient, stashed or not, and with them the step."""
-        for p in self._params():
-            p.grad = None
-        drop_held_back(self._params())
-        self._end_step()
-
-    @contextmanager
-    def _abandoning_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._discard()
-            raise
-
-
-def _make_rule(rule: str | UserRule, normalize: bool) -> Rule:
-    if callable(rule):
-        made = per_row(rule)
-    else:
-        _check_choice("rule", rule, RULES)
-        made = RULES[rule]
-    return on_unit_gradients(made) if normalize else made
-
-
-def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
+    def _settings(self) -> Settings:
+        # Made anew for each step: the attributes are the user's to change between two.
+        return Settings(self.rule, self.normalize, self.scope, self.max_grad_norm, self.backend, self.record_alignment)

@@ -18,6 +18,11 @@ API = ROOT / "docs" / "api.md"
 # Title, sentence below it, and module: names. "*": its docstring and every public name.
 SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("The optimizer", "`from blur_optim import BLUR`", {"optimizer": "BLUR"}),
+    (
+        "A wrapper of your own",
+        "What BLUR owes to torch as an optimizer around another, without BLUR.",
+        {"optimizer_wrapper": "OptimizerWrapper supports_amp_scaling lent"},
+    ),
     ("Statistics", "`opt.statistics` after a step.", {"step.statistics": "StepStatistics"}),
     (
         "Rules",
@@ -114,7 +119,7 @@ def _module(module: str, names: str) -> Iterator[str]:
 
 def _entry(node: ast.stmt, module: str, source: list[str]) -> Iterator[str]:
     name = _name(node)
-    module = module.replace("blur_optim.optimizer", "blur_optim")
+    module = "blur_optim" if module == "blur_optim.optimizer" else module
     yield from ("", f"### `{name}`", "")
     if isinstance(node, ast.FunctionDef):
         yield from ("```text", f"{module}.{_signature(node)}", "```", "")

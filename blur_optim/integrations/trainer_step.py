@@ -7,11 +7,14 @@ update: unscaling, clipping, the step, schedulers, logging and checkpoints are t
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any
 
 import torch
+from packaging import version
 from torch import Tensor, nn
 
 from blur_optim.integrations.objectives import Loss
@@ -33,6 +36,13 @@ class BLURStepMixin:
     accelerator: Any
     optimizer: Any
     state: Any
+    #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
+    last_losses: tuple[Tensor, Tensor] | None = None
+    _pending: list[dict[str, Any]]
+    _loss_sums: Tensor
+    model: Any
+    #: With older ones a gradient comes out wrong (4.45: divided by the accumulation twice) or a resumed run does.
+    oldest_transformers = "4.57.6"
 
     def start_blur(self, forget_loss: Loss, retain_loss: Loss, **options: Any) -> None:
         """Set the losses, and the options with which :class:`blur_optim.BLUR` will wrap the Trainer's optimizer.
@@ -42,10 +52,21 @@ class BLURStepMixin:
         """
         _check_trainer(self)
         self.forget_loss, self.retain_loss, self.blur_options = forget_loss, retain_loss, options
-        self._pending: list[dict[str, Any]] = []
-        self._loss_sums = torch.zeros(3)
-        #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
-        self.last_losses: tuple[Tensor, Tensor] | None = None
+        self._pending, self._loss_sums, self.last_losses = [], torch.zeros(3), None
+
+    def apply_options(self, changed: Collection[str]) -> None:
+        """Let the options of the last :meth:`start_blur` hold for an optimizer that exists already.
+
+        Args:
+            changed: which of ``gamma`` and ``retain_weight`` to set in the param groups, where schedulers and
+                checkpoints may have changed them.
+        """
+        blur, options = self.blur, self.blur_options
+        in_groups = {"gamma", "retain_weight"}
+        blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
+        for name in in_groups & set(changed):
+            for group in blur.param_groups:
+                group[name] = options[name]
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -71,9 +92,9 @@ class BLURStepMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(_unwrapped(optimizer), BLUR):
-            self.optimizer = BLUR(base=optimizer, **self.blur_options)
+        super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(_unwrapped(self.optimizer), BLUR):
+            self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -110,6 +131,16 @@ class BLURStepMixin:
             logs.update(self._training_logs())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does. Gradients that it leaves (a score that is a gradient's norm) are dropped: they
+        belong to neither loss."""
+        is_clean = all(p.grad is None for p in self.model.parameters())
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if is_clean:
+                self.model.zero_grad()
+
     def floating_point_ops(self, inputs: Any) -> int:
         """The Trainer's estimate, over both halves."""
         parts = [part for side in ("forget", "retain") for part in single_batches(inputs[side])]
@@ -120,15 +151,18 @@ class BLURStepMixin:
     def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         for position, batch in enumerate(batches, start=1):
-            half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
             # Each phase has to end reduced over the processes, so the last backward of each is the one that syncs.
             with self._no_sync(model) if position < len(batches) else nullcontext():
-                compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                    loss = checked_loss(f"{side}_loss", compute(model, half)).mean() / len(batches)
+                    loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _phase_loss(self, model: nn.Module, side: str, batch: dict[str, Any]) -> Tensor:
+        half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
+        compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
+        return compute(model, half)
 
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self.accelerator.no_sync(model=model)
@@ -186,8 +220,34 @@ def checked_loss(name: str, loss: Any) -> Tensor:
     return loss
 
 
+def check_transformers(oldest: str) -> None:
+    """See that transformers is no older than ``oldest``.
+
+    Raises:
+        ImportError: it is.
+    """
+    found: str = importlib.import_module("transformers").__version__
+    if version.parse(found) < version.parse(oldest):
+        raise ImportError(
+            f"`transformers` must be at least {oldest} for BLUR in a Trainer, got {found}: with 4.45 each gradient is "
+            "divided by gradient_accumulation_steps twice, and nothing says so. `pip install "
+            f"'transformers>={oldest}'`."
+        )
+
+
 def _check_trainer(trainer: Any) -> None:
     args = trainer.args
+    check_transformers(trainer.oldest_transformers)
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise ValueError(
+            "`compute_loss_func` must not be given: it knows one loss, and would never be called in training. Pass "
+            "forget_loss= and retain_loss=, functions (model, batch) -> loss."
+        )
+    if not any(p.requires_grad for p in trainer.model.parameters()):
+        raise ValueError(
+            "`model` must have parameters to train, got none with requires_grad. Load an adapter for training: "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
+        )
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise ValueError(
             "BLUR needs two gradients apart in p.grad, which DeepSpeed collects in buffers of its own. Use FSDP2 "

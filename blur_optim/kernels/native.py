@@ -1,6 +1,7 @@
 """The compiled backend: ``csrc/`` behind torch operators, loaded when it is first needed."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,13 +13,17 @@ from torch.autograd.graph import increment_version
 from blur_optim.kernels import foreach
 from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense
 
-LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+#: Environment variable that names another build of the extension than the installed one.
+LIBRARY_VARIABLE = "BLUR_OPTIM_LIBRARY"
+LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parents[1] / "_C.abi3.so")
 
 
 @functools.cache
 def _load() -> str:
     """Load the library; the reason why it cannot be, or an empty string."""
     if not LIBRARY.exists():
+        if os.environ.get(LIBRARY_VARIABLE):
+            return f"`{LIBRARY_VARIABLE}` must name a build of the extension, and {LIBRARY} does not exist."
         return (
             "the extension is not built. Install from source with a C++ compiler at hand, or a wheel that holds it; "
             "`python -m blur_optim.env` shows what was found."

@@ -433,9 +433,13 @@ def sgd_kernel(
     take = tl.load(numbers_ptr + 3).to(COMPUTE)
     numbers = (sign * a, sign * b, tl.load(lr_ptr).to(COMPUTE), decay, momentum, take)
 
-    FLAGS: tl.constexpr = (FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP)
+    # Each flag by itself: Triton 3.6, which torch 2.10 and 2.11 bring, does not compile a call with starred arguments.
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        _sgd_block(gradients, state, numbers, i, None, *FLAGS, COMPUTE, BLOCK_SIZE)
+        _sgd_block(
+            gradients, state, numbers, i, None, FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP, COMPUTE, BLOCK_SIZE
+        )
     if whole < count:
-        _sgd_block(gradients, state, numbers, whole, count, *FLAGS, COMPUTE, BLOCK_SIZE)
+        _sgd_block(
+            gradients, state, numbers, whole, count, FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP, COMPUTE, BLOCK_SIZE
+        )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 
-from blur_optim.parallel.wrappers import fsdp1_handles, fsdp1_ids
+from blur_optim.parallel.fsdp1 import fsdp1_handles, fsdp1_ids
 
 # Names of mesh dimensions that parameters are neither sharded nor replicated over. Most stages also differ in size and
 # fail the comparison of ranks; those of equal size look like replicas.

@@ -204,7 +204,7 @@ class Recorder:
             "base": type(opt.base).__name__,
             "every": self.every,
             "ranks": _world_size(),
-            "versions": {name: importlib.metadata.version(name) for name in ("blur_optim", "torch")},
+            "versions": _versions(),
             "rows": names if opt.scope == "parameter" else [f"group {i}" for i in range(len(opt.param_groups))],
             "parameters": names,
             **self._metadata,
@@ -240,9 +240,9 @@ def _parameter_names(opt: BLUR, model: nn.Module | None) -> dict[int, str]:
     """A name for the id of every parameter, in the order of the param groups."""
     known = {} if model is None else {id(p): _plain(name) for name, p in model.named_parameters()}
     names: dict[int, str] = {}
-    for index, group in enumerate(opt.param_groups):
+    for index, (group, params) in enumerate(zip(opt.param_groups, opt.params_by_group(), strict=True)):
         given = group.get("param_names") or []
-        for i, p in enumerate(group["params"]):
+        for i, p in enumerate(params):
             names[id(p)] = known.get(id(p)) or (_plain(given[i]) if i < len(given) else f"group{index}.{i}")
     return names
 
@@ -271,6 +271,15 @@ def _many_ranks() -> bool:
 
 def _is_writer() -> bool:
     return not _many_ranks() or torch.distributed.get_rank() == 0
+
+
+def _versions() -> dict[str, str]:
+    """torch by its own word, which names the build (``+cu130``); blur_optim may be a folder on the path."""
+    try:
+        own = importlib.metadata.version("blur_optim")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed"
+    return {"blur_optim": own, "torch": torch.__version__}
 
 
 def _world_size() -> int:

@@ -1,6 +1,8 @@
 """One step, in the order in which data runs through it.
 
 ========================  ==============================================================================================
+``settings``              the arguments that the numbers depend on, checked
+``two_phase``             the order: what BLUR's methods run, room after room of those below
 ``phases``                where in a step we are: forget, retain, step; every way of getting it wrong, with the remedy
 ``stash``                 where the forget gradients wait while the retain gradients are computed
 ``recompute``             instead of waiting: the retain closure evaluated twice

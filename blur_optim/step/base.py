@@ -1,13 +1,14 @@
 """The base optimizer: made or checked, and stepped with what mixed precision wants it to know."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
 
-from blur_optim.parallel.wrappers import is_engine
+from blur_optim.optimizer_wrapper import lent, supports_amp_scaling
+from blur_optim.parallel.engines import REMEDY, is_engine
 
 
 def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
@@ -16,6 +17,7 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
     Raises:
         TypeError, ValueError: as :class:`blur_optim.BLUR` says.
     """
+    _refuse_engine(base)
     if isinstance(params, Optimizer):
         raise TypeError(f"`params` must be parameters, got the optimizer {type(params).__name__}. Pass base=... alone.")
     if isinstance(params, torch.nn.Module):
@@ -40,29 +42,13 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
         raise
 
 
-def check_base(base: object, own_names: Iterable[str]) -> None:
-    """Refuse what cannot be stepped on ``p.grad`` alone, and hyperparameters that would be mistaken for ours."""
+def check_base(base: object) -> None:
+    """Refuse what cannot be stepped on ``p.grad`` alone."""
+    _refuse_engine(base)
     if not isinstance(base, Optimizer):
         raise TypeError(f"`base` must make a torch.optim.Optimizer, got {type(base).__name__}.")
     if isinstance(base, LBFGS):
         raise TypeError("`base` must step on p.grad without a closure of its own, which LBFGS needs.")
-    if is_engine(base):
-        raise TypeError(
-            f"`base` must step on p.grad, got {type(base).__name__}: this engine steps by itself, inside backward, on "
-            "gradients that it has collected from both losses. Use fully_shard, or DistributedDataParallel with "
-            "ZeroRedundancyOptimizer as base."
-        )
-    clash = sorted(set(own_names) & base.defaults.keys())
-    if clash:
-        raise ValueError(
-            f"`base` must not have hyperparameters called {clash}, got {type(base).__name__}: BLUR keeps its own under "
-            "these names. If a BLUR wraps this optimizer already, use that one."
-        )
-
-
-def supports_amp_scaling(base: Optimizer) -> bool:
-    """Whether ``base`` takes ``found_inf`` and ``grad_scale``, as torch's fused optimizers do."""
-    return bool(getattr(base, "_step_supports_amp_scaling", False))
 
 
 def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor | None]) -> None:
@@ -83,13 +69,16 @@ def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor |
     if found_inf is not None:
         other = amp.get("found_inf")
         amp = {**amp, "found_inf": found_inf if other is None else torch.maximum(found_inf, other.to(found_inf))}
-    for name, value in amp.items():
-        setattr(base, name, value)
-    try:
+    with lent(base, amp):
         base.step()
-    finally:
-        for name in amp:
-            delattr(base, name)
+
+
+def _refuse_engine(base: object) -> None:
+    if is_engine(base):
+        raise TypeError(
+            f"`base` must step on p.grad, got {type(base).__name__}: this engine steps by itself, inside backward, on "
+            f"gradients that it has collected from both losses. {REMEDY}"
+        )
 
 
 def _starts_momentum(base: Optimizer) -> bool:

@@ -14,8 +14,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from blur_optim.kernels import FusedBackend, select_backend
 from blur_optim.kernels.layout import dense_alike, is_dense
+from blur_optim.optimizer_wrapper import supports_amp_scaling
 from blur_optim.parallel.ranks import to_local
-from blur_optim.step.base import supports_amp_scaling
 from blur_optim.step.gradients import Pair, PairedGradients
 from blur_optim.step.projection import Projection, block_scales
 

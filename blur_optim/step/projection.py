@@ -8,25 +8,8 @@ from torch import Tensor
 
 from blur_optim.kernels import select_backend
 from blur_optim.step.gradients import Pair, PairedGradients, Rows
-from blur_optim.step.rules import Dots, Rule, update_norm_sq
-
-
-@dataclass(frozen=True)
-class Projector:
-    """The settings of :class:`blur_optim.BLUR` that the numbers depend on.
-
-    Args:
-        backend: a name, or None for the fastest on each device.
-        rule: from ``[rows]`` dots to ``[rows]`` coefficients.
-        sum_rows: the rule sees the sums over all rows (``scope="global"``) rather than each row's own dots.
-        by_parameter: take the dots of each parameter, and add them up to those of the rows.
-    """
-
-    backend: str | None
-    rule: Rule
-    sum_rows: bool
-    max_grad_norm: float | None
-    by_parameter: bool = False
+from blur_optim.step.rules import Dots, update_norm_sq
+from blur_optim.step.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -56,7 +39,7 @@ class Projection:
         return torch.stack([self.a, self.b], dim=1)
 
 
-def project(gradients: PairedGradients, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
+def project(gradients: PairedGradients, settings: Settings, grad_scale: Tensor | float | None = None) -> Projection:
     """Compute the coefficients of the update from one pass over both gradients, which are not modified.
 
     Args:
@@ -69,15 +52,18 @@ def project(gradients: PairedGradients, settings: Projector, grad_scale: Tensor 
     return solve(table, gradients.rows, settings, grad_scale)
 
 
-def take_dots(gradients: PairedGradients, settings: Projector) -> Tensor:
-    """``[rows, 3]`` float64: <g_r, g_f>, |g_f|^2, |g_r|^2 of each row (``by_parameter``: member), this rank's part."""
-    rows = len(gradients.rows.members if settings.by_parameter else gradients.rows.gammas)
+def take_dots(gradients: PairedGradients, settings: Settings) -> Tensor:
+    """``[rows, 3]`` float64: <g_r, g_f>, |g_f|^2, |g_r|^2 of each row, this rank's part.
+
+    With ``record_alignment``: of each member.
+    """
+    rows = len(gradients.rows.members if settings.record_alignment else gradients.rows.gammas)
     table = torch.zeros(rows, 3, dtype=torch.float64, device=gradients.device)
     for device, weight, pairs in gradients.batches():
         dots = select_backend(settings.backend, device).multi_tensor_dots(
             [pair.forget for pair in pairs],
             [pair.retain for pair in pairs],
-            [pair.member if settings.by_parameter else pair.row for pair in pairs],
+            [pair.member if settings.record_alignment else pair.row for pair in pairs],
             rows,
             block_scales(pairs),
         )
@@ -108,17 +94,17 @@ def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
     return [pair.retain if pair.scales is None else pair.scales for pair in pairs]
 
 
-def solve(table: Tensor, rows: Rows, settings: Projector, grad_scale: Tensor | float | None = None) -> Projection:
+def solve(table: Tensor, rows: Rows, settings: Settings, grad_scale: Tensor | float | None = None) -> Projection:
     """The scalar part: from the dots, as :func:`take_dots` has them, to the coefficients."""
     gamma, alpha = (_filled(values, table.device) for values in (rows.gammas, rows.alphas))
     found_inf = (~table.isfinite().all()).float()
     if grad_scale is not None:
         table = table / grad_scale / grad_scale
-    parameter_dots = Dots(*table.unbind(1)) if settings.by_parameter else None
-    table = rows.sums(table) if settings.by_parameter else table
+    parameter_dots = Dots(*table.unbind(1)) if settings.record_alignment else None
+    table = rows.sums(table) if settings.record_alignment else table
     own = Dots(*table.unbind(1))
     shared = Dots(*table.sum(0).expand_as(table).unbind(1)) if settings.sum_rows else own
-    a, b = settings.rule(shared, gamma, alpha)
+    a, b = settings.row_rule(shared, gamma, alpha)
     # What is not finite must show in the update too: a GradScaler lowers its scale only if it finds it there, and dots
     # overflow before gradients do.
     a, b = (torch.where(found_inf > 0, torch.nan, x) for x in (a, b))

@@ -18,8 +18,9 @@ from torch._guards import active_fake_mode
 from blur_optim.kernels import select_backend
 from blur_optim.parallel.ranks import Ranks, settle_gradient, to_local
 from blur_optim.step.gradients import PairedGradients, Rows, check_dense, pair_gradients
-from blur_optim.step.projection import Projection, Projector, blend_, clipped, solve, take_dots
+from blur_optim.step.projection import Projection, blend_, clipped, solve, take_dots
 from blur_optim.step.rules import Dots
+from blur_optim.step.settings import Settings
 from blur_optim.step.stash import Stash, real
 
 #: Evaluates the retain closure; its argument says whether a backward has run since.
@@ -42,16 +43,12 @@ def recompute(
     evaluate: Evaluate,
     param_groups: Sequence[dict[str, Any]],
     stash: Stash,
-    settings: Projector,
-    norm_free: bool,
-    per_parameter: bool,
+    settings: Settings,
     ranks: Ranks,
 ) -> Recomputed:
     """Evaluate the retain closure twice, for the projection and for the update.
 
-    Args:
-        norm_free: whether the rule does without the norm of the retain gradient, which is not known before the second
-            evaluation where several backward passes accumulate it.
+    Where several backward passes accumulate the retain gradient, its norm is not known before the second evaluation.
 
     Raises:
         TypeError: a gradient is float16, whose range a / b times it may leave.
@@ -72,15 +69,15 @@ def recompute(
     with_retain = set(measured.dots)
     measured.take_forget_alone(params)
     after = _random_states(params)
-    if measured.repeated and not norm_free:
+    if measured.repeated and settings.needs_retain_norm:
         raise RuntimeError(
             "`stash` is 'recompute', the retain closure runs several backward passes, and this rule needs the norm of "
             "their sum, which is never in memory as a whole. Use stash='int8', or one backward pass."
         )
 
-    rows = Rows.of(param_groups, lambda p: ranks.are_many or p in measured.dots, per_parameter)
+    rows = Rows.of(param_groups, lambda p: ranks.are_many or p in measured.dots, settings.row_per_parameter)
     facts = rows.facts(ranks, lambda p: stash.get(p) is not None, with_retain.__contains__)
-    table = ranks.sum_(measured.table(rows, ranks, settings.by_parameter), facts)
+    table = ranks.sum_(measured.table(rows, ranks, settings.record_alignment), facts)
     # The norm of a sum is known after the second evaluation.
     projection = solve(table, rows, replace(settings, max_grad_norm=None) if measured.repeated else settings)
     b = _nonzero_b(projection)

@@ -22,6 +22,16 @@
 #define BLUR_OPTIM_CUDA_BLOCK 256
 #define BLUR_OPTIM_CUDA_CHUNK 16384
 #endif
+// What benchmarks/gpu/tuning.py also tries other values of; none of them changes a bit of a result.
+#ifndef BLUR_OPTIM_CUDA_UNROLL
+#define BLUR_OPTIM_CUDA_UNROLL 4
+#endif
+#ifndef BLUR_OPTIM_CUDA_MIN_BLOCKS
+#define BLUR_OPTIM_CUDA_MIN_BLOCKS 0
+#endif
+#ifndef BLUR_OPTIM_CUDA_ARGUMENTS
+#define BLUR_OPTIM_CUDA_ARGUMENTS 4096
+#endif
 
 namespace blur_optim::cuda {
 namespace {
@@ -34,7 +44,11 @@ constexpr int kWarps = kBlock / 32;
 constexpr int kChunk = BLUR_OPTIM_CUDA_CHUNK;
 // The most float32 products added one by one. See kRun of the CPU kernels: long runs of coarse values are biased.
 constexpr int kRun = 16;
-constexpr size_t kArgumentBytes = 4096;  // What every driver takes for the arguments of one launch.
+// Packs of each gradient that a thread of the dots has in flight at a time.
+constexpr int kDotsUnroll = BLUR_OPTIM_CUDA_UNROLL;
+constexpr int kMinBlocks = BLUR_OPTIM_CUDA_MIN_BLOCKS;  // For __launch_bounds__; 0 leaves the registers to the compiler.
+// What every driver takes for the arguments of one launch. (Since CUDA 12.1 a newer one takes 32764.)
+constexpr size_t kArgumentBytes = BLUR_OPTIM_CUDA_ARGUMENTS;
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 template <class T>

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kBlock) corrections_kernel(const __grid_consta
 
 // For float64 the compiler would rather spill registers than run fewer blocks at a time, unless one is enough.
 template <class P, class G, class F, bool kAmsgrad>
-__global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(const __grid_constant__ AdamTable table) {
+__global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : kMinBlocks)
+    adam_kernel(const __grid_constant__ AdamTable table) {
   using C = Compute<P>;
   constexpr int N = kPack<P, G, F>;
   const AdamOptions& o = table.options.options;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
 }
 
 template <class P, class G, class F, bool kMomentum>
-__global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ SgdTable table) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) sgd_kernel(const __grid_constant__ SgdTable table) {
   using C = Compute<P>;
   constexpr int N = kPack<P, G, F>;
   const SgdOptions& o = table.options.options;

@@ -52,7 +52,7 @@ __device__ double block_sums(double (&values)[K], double* shared) {
 }
 
 template <class G, class F>
-__global__ void __launch_bounds__(kBlock) dots_kernel(const __grid_constant__ DotsTable table) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) dots_kernel(const __grid_constant__ DotsTable table) {
   using C = Compute<G>;
   constexpr int N = kPack<G, F>;
   static_assert(std::is_same_v<C, double> || kChunk / (kBlock * N) <= kRun);
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kBlock) dots_kernel(const __grid_constant__ Do
   const auto& entry = table.entries[piece.entry];
   const Gradients<G, F> g(entry, piece.offset);
   C rf[N] = {}, ff[N] = {}, rr[N] = {};
-  for_each_pack<N, 4>(piece.numel, aligned<N>(g.forget, g.retain), [&](int i, auto access) {
+  for_each_pack<N, kDotsUnroll>(piece.numel, aligned<N>(g.forget, g.retain), [&](int i, auto access) {
     F x[N];
     G y[N];
     access.read(x, g.forget + i);
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kBlock) rows_kernel(const __grid_constant__ Ro
   BLUR_SHARED(double, shared, kWarps);
   const double* partials = table.partials + blockIdx.y * table.chunks;
   double sums[1] = {};
-#pragma unroll 4
+  // Three blocks a row are all there is to hide the latency behind: of 7B parameters each thread adds 1600 chunks.
+#pragma unroll 16
   for (int64_t c = table.first[blockIdx.x] + threadIdx.x; c < table.first[blockIdx.x + 1]; c += kBlock)
     sums[0] += partials[c];
   const double sum = block_sums(sums, shared);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kBlock) rows_kernel(const __grid_constant__ Ro
 }
 
 template <class G, class F>
-__global__ void __launch_bounds__(kBlock) blend_kernel(const __grid_constant__ BlendTable table) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) blend_kernel(const __grid_constant__ BlendTable table) {
   constexpr int N = kPack<G, F>;
   const Piece piece = locate(table, blockIdx.x);
   const auto& entry = table.entries[piece.entry];

@@ -7,7 +7,7 @@ from network import assert_close, by_closures, by_phases, make_opt, on_one_proce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from blur_optim.parallel.wrappers import holds_back
+from blur_optim.parallel.fsdp2 import holds_back
 
 two_ranks = pytest.mark.ranks(2)
 four_ranks = pytest.mark.ranks(4)

@@ -1,5 +1,6 @@
 """The recorder's file: what is in it, what it costs, and that a crash or a resumed run does not spoil it."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -46,6 +47,18 @@ class TestFile:
         assert metadata["rows"] == ["group 0"]
         assert metadata["parameters"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
         assert metadata["seed"] == 3
+
+    def test_the_versions_name_the_build_of_torch_and_a_package_that_is_only_on_the_path(self, path, monkeypatch):
+        def not_installed(name):
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", not_installed)
+        monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+        p, opt = problem()
+        with Recorder(path, opt) as recorder:
+            run(recorder, opt, p, 1)
+        metadata = json.loads(path.read_text().splitlines()[0])["metadata"]
+        assert metadata["versions"] == {"blur_optim": "not installed", "torch": "2.11.0+cu130"}
 
     def test_a_line_has_statistics_losses_weights_and_what_the_user_adds(self, path):
         p, opt = problem(gamma=0.5)

@@ -78,7 +78,7 @@ def count_fused(monkeypatch):
     """How many steps went the fused way; without it these tests would pass on the plain path."""
     calls = []
     original = fused.fused_step
-    monkeypatch.setattr("blur_optim.optimizer.fused_step", lambda *args: (calls.append(1), original(*args)))
+    monkeypatch.setattr("blur_optim.step.two_phase.fused_step", lambda *args: (calls.append(1), original(*args)))
     return calls
 
 
@@ -201,7 +201,7 @@ def test_what_takes_the_plain_path(options, change, reason, monkeypatch):
     reasons = []
     original = fused.why_not_fused
     monkeypatch.setattr(
-        "blur_optim.optimizer.why_not_fused", lambda *args: reasons.append(original(*args)) or reasons[-1]
+        "blur_optim.step.two_phase.why_not_fused", lambda *args: reasons.append(original(*args)) or reasons[-1]
     )
     model = nn.Linear(3, 2)
     opt = BLUR(model.parameters(), **{"base": AdamW, "lr": 0.1, "backend": "native", **options})

@@ -180,7 +180,7 @@ def test_an_exception_in_the_retain_closure_loses_nothing(stash):
     with pytest.raises(KeyboardInterrupt):
         opt.step(problem.forget_loss, failing)
     assert_same_bits(snapshot(opt), before)
-    assert len(opt._stash) == 0
+    assert len(opt._two_phase.stash) == 0
     assert all(p.grad is None for p in problem.params)
     step_by_closures(opt, problem)
 

@@ -1,0 +1,285 @@
+"""A step from its first forget gradient to the base optimizer's own update: what BLUR's methods run.
+
+:mod:`blur_optim.step` lists the rooms that the data comes through; here is the order.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from blur_optim.parallel.ranks import Ranks
+from blur_optim.parallel.wrappers import Wrappers
+from blur_optim.step.base import step_base
+from blur_optim.step.fused import fused_step, why_not_fused
+from blur_optim.step.gradients import PairedGradients, Rows, check_gradients, pair_gradients
+from blur_optim.step.phases import Phase, Phases
+from blur_optim.step.projection import Projection, blend_, project
+from blur_optim.step.recompute import recompute
+from blur_optim.step.settings import Settings
+from blur_optim.step.stash import STASHES
+
+Closure = Callable[[], Any]
+Amp = dict[str, Tensor | None]
+
+
+class TwoPhaseStep:
+    """The steps of one BLUR, one after another.
+
+    What takes gradients from elsewhere than ``p.grad`` gives ``wrappers`` and ``ranks`` of its own, with the methods of
+    these two classes, and perhaps other :meth:`groups`; what takes the base's step otherwise overrides :meth:`apply`
+    and :meth:`step_base`.
+
+    Args:
+        base: the optimizer that takes the update.
+        stash: a key of :data:`blur_optim.step.stash.STASHES`.
+        ranks: over which the dots are summed.
+        wrappers: asked when a phase begins and ends.
+
+    Attributes:
+        last: what the last projection saw.
+        skipped: 0-d int64, the steps skipped so far because a gradient was not finite.
+    """
+
+    _found_inf: Tensor | None
+    _witness: tuple[Tensor, Tensor | None] | None
+    _zeros: list[tuple[Tensor, int]]
+
+    def __init__(
+        self, base: Optimizer, stash: str, ranks: Ranks | None = None, wrappers: Wrappers | None = None
+    ) -> None:
+        self.base, self.two_evaluations = base, stash == "recompute"
+        self.phases, self.stash = Phases(), STASHES[stash]()
+        self.ranks = Ranks() if ranks is None else ranks
+        self.wrappers = Wrappers() if wrappers is None else wrappers
+        self.last: Projection | None = None
+        self.skipped = torch.zeros((), dtype=torch.int64)
+        self._warned = False
+        self.end()
+
+    # -- By closures -------------------------------------------------------------------------------------------------
+
+    def step(self, forget: Closure, retain: Closure, settings: Settings, amp: Amp) -> tuple[Any, Any]:
+        """Run both closures and take the step; no gradient is left afterwards."""
+        self._drop_zeros()
+        with self.abandoning_on_error():
+            self.phases.check_closures(self.has_gradients())
+            _check_no_scaler(amp)
+        with self.forget_phase():
+            forget_loss = self._evaluate(forget, "forget", self.has_gradients)
+        with self.abandoning_on_error():
+            self.begin_retain()
+            if self.two_evaluations:
+                retain_loss, gradients, projection = self._recompute(retain, settings)
+            else:
+                retain_loss = self._evaluate(retain, "retain", self.has_gradients)
+                self.end_retain()
+                gradients, projection = self.project(settings, None)
+            self.apply(gradients, projection, settings, amp)
+            del gradients
+        self.discard()
+        return forget_loss, retain_loss
+
+    def apply(self, gradients: PairedGradients, projection: Projection, settings: Settings, amp: Amp) -> None:
+        """Take the base's step on the projected update: in one pass where the base is known, else by way of p.grad."""
+        if not why_not_fused(self.base, gradients, settings.backend):
+            fused_step(self.base, gradients, projection, settings.backend)
+            return
+        blend_(gradients, projection.coefficients, settings.backend)
+        gradients.clear()  # The forget gradients: the base's step must not find them in memory.
+        self.step_base(amp)
+
+    # -- By phases ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def forget_phase(self) -> Iterator[None]:
+        """The forget gradients are computed within, and wait in the stash afterwards."""
+        self._drop_zeros()
+        with self.abandoning_on_error():
+            self.phases.begin_forget(self.has_gradients())
+            self.wrappers.begin(self.params())
+            yield
+            self.phases.end_forget()
+            self.wrappers.end(self.params(), "forget")
+            check_gradients(self.groups())
+            self.stash.take(self.params())
+
+    def begin_retain(self) -> None:
+        self.phases.begin_retain(self.has_gradients())
+        self.wrappers.begin(self.params())
+
+    def end_retain(self) -> None:
+        self.phases.end_retain()
+        self.wrappers.end(self.params(), "retain")
+
+    def write_update(self, settings: Settings, grad_scale: GradScaler | Tensor | float | None) -> None:
+        """Leave the update in ``p.grad``."""
+        gradients, projection = self.project(settings, grad_scale)
+        blend_(gradients, projection.coefficients, settings.backend)
+
+    def step_on_update(self, amp: Amp) -> None:
+        """Step on ``p.grad``, which holds the update after the phases."""
+        with self.abandoning_on_error():
+            self.phases.check_step()
+            self._check_is_update()
+            self._warn_if_no_phase()
+            self.step_base(amp)
+
+    # -- The numbers -------------------------------------------------------------------------------------------------
+
+    def project(
+        self, settings: Settings, grad_scale: GradScaler | Tensor | float | None
+    ) -> tuple[PairedGradients, Projection]:
+        """Take the coefficients from the gradients of both phases; what is left is to apply them."""
+        check_gradients(self.groups())
+        self.ranks.update(self.params())
+        # Every rank needs the same rows, also where a parameter has no gradient on this one.
+        rows = Rows.of(
+            self.groups(),
+            lambda p: self.ranks.are_many or p.grad is not None or self.stash.get(p) is not None,
+            settings.row_per_parameter,
+        )
+        gradients = pair_gradients(rows, self.stash, self.ranks)
+        if isinstance(grad_scale, GradScaler):
+            # The scale as a device tensor: get_scale() would read it on the host.
+            grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
+        projection = project(gradients, settings, grad_scale)
+        self._record(gradients, projection)
+        self._scale_needed = grad_scale is None and settings.needs_scale
+        return gradients, projection
+
+    def _recompute(self, retain: Closure, settings: Settings) -> tuple[Any, PairedGradients, Projection]:
+        self.ranks.update(self.params())
+        loss, gradients, projection, applied = recompute(
+            lambda has_gradients: self._evaluate(retain, "retain", has_gradients),
+            self.groups(),
+            self.stash,
+            settings,
+            self.ranks,
+        )
+        self.end_retain()
+        self._record(gradients, projection)
+        return loss, gradients, applied
+
+    def _record(self, gradients: PairedGradients, projection: Projection) -> None:
+        self.last, self._found_inf = projection, projection.found_inf
+        self.skipped = self._found_inf.long() + self.skipped.to(self._found_inf.device)
+        # The smallest, for it is kept alive.
+        smallest = min((pair.param for pair in gradients.pairs), key=lambda p: p.numel(), default=None)
+        self._witness = None if smallest is None else (smallest, smallest.grad)
+
+    def step_base(self, amp: Amp) -> None:
+        """Take the base's own step on ``p.grad``, unless the update in it is not finite."""
+        # What was found in the update holds for as long as p.grad is that update, so also for a second step on it.
+        is_update = self._witness is not None and self._witness[0].grad is self._witness[1]
+        step_base(self.base, self._found_inf if is_update else None, amp)
+
+    def check_scale_is_known(self) -> None:
+        """Refuse to go on with an update that depends on a loss scale of which nothing was said."""
+        if self.phases.current is Phase.PROJECTED and self._scale_needed:
+            raise RuntimeError(
+                "BLUR must know the loss scale for `max_grad_norm`, `normalize` and rules that depend on the size "
+                "of the gradients. Pass the GradScaler to the retain phase: with opt.retain(grad_scale=scaler)."
+            )
+
+    # -- Bookkeeping -------------------------------------------------------------------------------------------------
+
+    def groups(self) -> Sequence[dict[str, Any]]:
+        """The param groups: in each, parameters with the gradients that are combined, and their weights."""
+        return self.base.param_groups
+
+    def params(self) -> Sequence[Tensor]:
+        """All parameters, read anew each time: accelerate replaces the lists in the groups."""
+        return [p for group in self.groups() for p in group["params"]]
+
+    def has_gradients(self) -> bool:
+        params = self.params()
+        return any(p.grad is not None for p in params) or self.wrappers.holds_back(params)
+
+    def reset(self) -> None:
+        """After zero_grad(): a step that was under way is dropped, unless a phase is open."""
+        if self.phases.is_open:
+            return
+        self.wrappers.drop(self.params())
+        self.end()
+        self._zeros = [(p.grad, p.grad._version) for p in self.params() if p.grad is not None]
+
+    def discard(self) -> None:
+        """Drop every gradient, stashed or not, and with them the step."""
+        params = self.params()
+        for p in params:
+            p.grad = None
+        self.wrappers.drop(params)
+        self.end()
+
+    def end(self) -> None:
+        """The next step can begin."""
+        self.stash.clear()
+        self.phases.current = Phase.IDLE
+        self._found_inf = self._witness = None
+        self._scale_needed = False
+        self._zeros = []
+
+    @contextmanager
+    def abandoning_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
+
+    def _evaluate(self, closure: Closure, name: str, has_gradients: Callable[[], bool]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+            missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.params())
+            if missing and isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+                missing = False
+        if not missing:
+            # Detached, so that the graph of the forget loss does not live through the retain phase.
+            return loss.detach() if isinstance(loss, Tensor) else loss
+        raise RuntimeError(
+            f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
+            "where there is nothing to compute in this step."
+        )
+
+    def _drop_zeros(self) -> None:
+        """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""
+        zeros = {id(grad) for grad, version in self._zeros if grad._version == version}
+        for p in self.params() if zeros else ():
+            if id(p.grad) in zeros:
+                p.grad = None
+        self._zeros = []
+
+    def _check_is_update(self) -> None:
+        # Without a gradient in either phase there is no update: what is in p.grad has come from somewhere else.
+        if self.phases.current is Phase.PROJECTED and self._witness is None and self.has_gradients():
+            raise RuntimeError(
+                "opt.step() must find in p.grad what the phases left there, nothing, got gradients. An engine that "
+                "collects gradients in buffers of its own, such as DeepSpeed, has put both phases into one."
+            )
+
+    def _warn_if_no_phase(self) -> None:
+        # torch.distributed.checkpoint makes the state by such a step, with a rate of 0.
+        if self.phases.current is not Phase.IDLE or self._warned or not self.has_gradients():
+            return
+        if any(group.get("lr", 1.0) != 0 for group in self.base.param_groups):
+            self._warned = True
+            warnings.warn(
+                f"opt.step() had no phases before it: {type(self.base).__name__} stepped on what was in p.grad, not "
+                "BLUR. Give it two closures, or compute the gradients in `with opt.forget()` and `with opt.retain()`.",
+                stacklevel=5,
+            )
+
+
+def _check_no_scaler(amp: Amp) -> None:
+    if "grad_scale" in amp:
+        raise RuntimeError(
+            "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in "
+            "`with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
+        )
