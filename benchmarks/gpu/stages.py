@@ -20,7 +20,9 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("build", 1.5, "the extension for this device alone, its variants for the tuning sweep, the sanitizer's driver"),
+    Stage(
+        "build", 1.5, "the extension for this device alone, its variants for the tuning sweep, the sanitizer's driver"
+    ),
     Stage("tests", 2.0, "`pytest -m gpu`"),
     Stage("kernels", 1.5, "each operation by backend, dtype and stash; the tuning sweep", csv=True),
     Stage("step", 1.0, "the optimizer step: time on the device and on the host", csv=True),

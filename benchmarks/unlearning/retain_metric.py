@@ -34,8 +34,8 @@ class RetainMetric(TwoGradients):
     ``FLOOR``, from where on the forget part fades with its gradient.
 
     Args:
-        damping: δ; \bar v is the mean of \hat v over all coordinates, or with ``damping_scope="parameter"`` over the
-            tensor's own.
+        damping: δ; \bar v is the mean of \hat v over all coordinates as the step before left it (at first: this
+            step's), or with ``damping_scope="parameter"`` this step's over the tensor's own.
         second_moment_of: "retain", or "sum" for g_r^2 replaced by the square of γ g_f + g_r, as AdamW has it.
         power: p; 1/2 as AdamW, 1 as the diagonal Fisher.
         floor: of the root mean square, 1e-8 in the equation.
@@ -65,6 +65,7 @@ class RetainMetric(TwoGradients):
         self.moments = [torch.zeros_like(p) for p in self.params]
         self.second_moments = [torch.zeros_like(p) for p in self.params]
         self.steps = 0
+        self.mean: Tensor | None = None
         self.count = sum(p.numel() for p in self.params)
 
     @torch.no_grad()
@@ -97,8 +98,10 @@ class RetainMetric(TwoGradients):
         torch._foreach_mul_(self.second_moments, beta)
         torch._foreach_addcmul_(self.second_moments, source, source, 1 - beta)
         corrected = torch._foreach_div(self.second_moments, 1 - beta**self.steps)
-        everywhere = torch.stack([v.sum() for v in corrected]).sum() / self.count
-        means = [v.mean() if self.damping_scope == "parameter" else everywhere for v in corrected]
+        own = [v.mean() for v in corrected]
+        overall = torch.stack([v.sum() for v in corrected]).sum() / self.count
+        before, self.mean = self.mean if self.mean is not None else overall, overall
+        means = own if self.damping_scope == "parameter" else [before] * len(own)
         return [
             1 / ((v + self.damping * mean) ** self.power + self.eps) for v, mean in zip(corrected, means, strict=True)
         ]

@@ -202,13 +202,14 @@ def test_the_step_in_the_metric_is_its_equation(rule: str, damping_scope: str, p
         rule=rule,
     )
     at, v, m = problem.start, [torch.zeros_like(p) for p in problem.start], [torch.zeros_like(p) for p in problem.start]
-    count = sum(p.numel() for p in at)
+    count, overall = sum(p.numel() for p in at), None
     for t in range(1, 4):
         f, r = problem.gradients("forget", at), problem.gradients("retain", at)
         v = [betas[1] * x + (1 - betas[1]) * g * g for x, g in zip(v, r, strict=True)]
         hat = [x / (1 - betas[1] ** t) for x in v]
-        overall = sum(x.sum() for x in hat) / count
-        metric = [(x + damping * (overall if damping_scope == "all" else x.mean())) ** power + 1e-8 for x in hat]
+        now = sum(x.sum() for x in hat) / count
+        overall, before = now, now if overall is None else overall
+        metric = [(x + damping * (before if damping_scope == "all" else x.mean())) ** power + 1e-8 for x in hat]
         steps = [x / y for x, y in zip(f, metric, strict=True)]
         scale = (count / inner(steps, steps)).sqrt()
         weighted = [x / y for x, y in zip(r, metric, strict=True)]
