@@ -369,7 +369,7 @@ def test_groups_with_betas_and_rates_of_their_own_and_one_added_later():
     means = {float(group["retain_mean_sq"]) for group in opt.param_groups}
     assert len(means) == 1
     corrected = [
-        opt.state[p]["exp_avg_sq"] / (1 - group["betas"][1] ** opt.state[p]["step"])
+        opt.state[p]["exp_avg_sq"] / (1 - group["betas"][1] ** opt.state[p]["step"].double())
         for group in opt.param_groups
         for p in group["params"]
     ]
