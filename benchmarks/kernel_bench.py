@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from harness import Candidate, Clock, Result, compare, header, show, write_csv
+from kernel_metric_operations import METRIC_OPERATIONS
 from kernel_operations import DTYPES, OPERATIONS, Problem
 from rich.console import Console
 
@@ -35,7 +36,7 @@ def measure(
     source, target = torch.randn(2, problem.numel // 2, device=problem.device)
     copy = Candidate("copy", lambda: target.copy_(source), 8 * source.numel())
     read = Candidate("read", source.sum, 4 * source.numel())
-    for operation, candidates_of in OPERATIONS.items():
+    for operation, candidates_of in (OPERATIONS | METRIC_OPERATIONS).items():
         if candidates := candidates_of(problem, backends, compiled):
             labels = {"dtype": gradients, "size": size}
             yield compare(operation, candidates, baseline, copy, clock, rounds, read, **labels)

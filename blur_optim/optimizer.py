@@ -14,6 +14,8 @@ from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
 from blur_optim.step.gradients import check_weight
+from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults
+from blur_optim.step.metric_step import MetricStep
 from blur_optim.step.phases import Phase
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
@@ -78,18 +80,22 @@ class BLUR(OptimizerWrapper):
         max_grad_norm: float | None = None,
         stash: str = "reference",
         backend: str | None = None,
+        metric: str = "euclidean",
+        damping: float = 0.01,
         **base_kwargs: Any,
     ) -> None:
         check_weight("gamma", gamma)
         check_weight("retain_weight", retain_weight)
         self.rule, self.normalize, self.scope = rule, normalize, scope
         self.max_grad_norm, self.backend = max_grad_norm, backend
+        self.metric, self.damping = metric, damping
         self._settings()  # For its checks.
         check_choice("stash", stash, STASHES)
         self._stash = stash
         made = make_base(params, base, base_kwargs)
         check_base(made)
-        super().__init__(made, _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight}))
+        own = _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
+        super().__init__(made, {**own, **(metric_defaults(made) if metric == "retain" else {})})
         self._two_phase = self._make_two_phase()
         params = self._two_phase.params()
         if is_gathered(params):
@@ -187,21 +193,23 @@ class BLUR(OptimizerWrapper):
         if p is None:
             return None
         skipped = self._two_phase.skipped
-        return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
+        in_metric = p.in_metric, p.parameters_in_metric
+        return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots, *in_metric)
 
     def configure(self, **options: Any) -> None:
         """Change arguments of the constructor between two steps, all or none. An update not stepped on is dropped.
 
         Args:
-            **options: ``rule``, ``normalize``, ``scope``, ``max_grad_norm``, ``stash``, ``backend``. ``gamma`` and
-                ``retain_weight`` are changed in the param groups.
+            **options: ``rule``, ``normalize``, ``scope``, ``max_grad_norm``, ``stash``, ``backend``, ``damping``.
+                ``gamma`` and ``retain_weight`` are changed in the param groups; ``metric`` stays, for the state is made
+                for it.
 
         Raises:
             TypeError: there is no such argument.
             ValueError: a value is out of range.
             RuntimeError: a step is under way.
         """
-        names = ("rule", "normalize", "scope", "max_grad_norm", "stash", "backend")
+        names = ("rule", "normalize", "scope", "max_grad_norm", "stash", "backend", "damping")
         if unknown := sorted(options.keys() - set(names)):
             raise TypeError(f"`configure` takes {', '.join(names)}, got {unknown}.")
         inside = self._two_phase
@@ -213,6 +221,8 @@ class BLUR(OptimizerWrapper):
         try:
             self._settings()
             check_choice("stash", self._stash, STASHES)
+            if self.metric == "retain":
+                check_metric_stash(self._stash)
             for device in {p.device for p in inside.params()}:
                 select_backend(self.backend, device)
         except Exception:
@@ -231,7 +241,20 @@ class BLUR(OptimizerWrapper):
 
     def check_own(self, name: str, value: Any) -> None:
         """Refuse a ``gamma`` or ``retain_weight`` that is no finite number >= 0."""
-        check_weight(name, value)
+        if name == BETA:
+            check_beta(value)
+        elif name != MEAN:
+            check_weight(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of BLUR or of the bare base, which leaves ``gamma`` and ``retain_weight`` as they are here.
+
+        Warns:
+            UserWarning: it comes from a run with the other metric, where ``exp_avg_sq`` meant something else. With
+                ``metric="retain"`` the first step says so.
+        """
+        super().load_state_dict(state_dict)
+        self._two_phase.loaded(state_dict["param_groups"])
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -248,7 +271,8 @@ class BLUR(OptimizerWrapper):
         self._two_phase.skipped = skipped
 
     def __repr__(self) -> str:
-        return f"BLUR (rule={self.rule!r}, normalize={self.normalize}, scope={self.scope!r}) over {self.base!r}"
+        metric = "" if self.metric == "euclidean" else f", metric={self.metric!r}"
+        return f"BLUR (rule={self.rule!r}, normalize={self.normalize}, scope={self.scope!r}{metric}) over {self.base!r}"
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -258,11 +282,12 @@ class BLUR(OptimizerWrapper):
         return super()._step_supports_amp_scaling
 
     def _make_two_phase(self) -> TwoPhaseStep:
-        return TwoPhaseStep(self.base, self.stash)
+        return (MetricStep if self.metric == "retain" else TwoPhaseStep)(self.base, self.stash)
 
     def _settings(self) -> Settings:
         # Made anew for each step: the attributes are the user's to change between two.
-        return Settings(self.rule, self.normalize, self.scope, self.max_grad_norm, self.backend, self.record_alignment)
+        own = self.rule, self.normalize, self.scope, self.max_grad_norm, self.backend, self.record_alignment
+        return Settings(*own, self.metric, self.damping)
 
 
 def _named_apart(base: Optimizer, own: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class TwoPhaseStep:
 
     What takes gradients from elsewhere than ``p.grad`` gives ``wrappers`` and ``ranks`` of its own, with the methods of
     these two classes, and perhaps other :meth:`groups`; what takes the base's step otherwise overrides :meth:`apply`
-    and :meth:`step_base`.
+    and :meth:`step_base`, as :class:`blur_optim.step.metric_step.MetricStep` does.
 
     Args:
         base: the optimizer that takes the update.
@@ -150,10 +150,14 @@ class TwoPhaseStep:
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
-        projection = project(gradients, settings, grad_scale)
+        projection = self.solve(gradients, settings, grad_scale)
         self._record(gradients, projection)
         self._scale_needed = grad_scale is None and settings.needs_scale
         return gradients, projection
+
+    def solve(self, gradients: PairedGradients, settings: Settings, grad_scale: Tensor | float | None) -> Projection:
+        """The coefficients from the paired gradients."""
+        return project(gradients, settings, grad_scale)
 
     def _recompute(self, retain: Closure, settings: Settings) -> tuple[Any, PairedGradients, Projection]:
         self.ranks.update(self.params())
@@ -211,6 +215,18 @@ class TwoPhaseStep:
         self.wrappers.drop(self.params())
         self.end()
         self._zeros = [(p.grad, p.grad._version) for p in self.params() if p.grad is not None]
+
+    def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """After the state dict with these groups was loaded."""
+        if any("retain_mean_sq" in group for group in param_groups):
+            for group in self.base.param_groups:
+                group.pop("retain_mean_sq", None)
+            warnings.warn(
+                "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the "
+                "retain gradient, which may be smaller than that of the update by far, and the first steps larger. "
+                "Pass metric='retain' here too, or lower the rate until it is forgotten.",
+                stacklevel=3,
+            )
 
     def discard(self) -> None:
         """Drop every gradient, stashed or not, and with them the step."""

@@ -29,7 +29,7 @@ def names(tmp_path, monkeypatch):
 
 
 def test_every_block_is_marked():
-    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 5
+    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 8
 
 
 def test_muon_and_adamw(names):

@@ -147,8 +147,8 @@ def help_of(*target):
 def problem_of(block):
     if block.language == "python":
         return python_problem(block)
-    if block.language in COMMANDS:
-        return command_problem(block)
+    if block.language in COMMANDS:  # With a mark, those of another project.
+        return python_problem(block) if block.mark else command_problem(block)
     if block.language == "json":
         for line in filter(None, block.code.splitlines()):
             json.loads(line)
