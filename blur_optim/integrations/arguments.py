@@ -50,6 +50,11 @@ class BLURTrainingArguments(TrainingArguments):
         default="reference", metadata={"help": "Where forget gradients wait: 'reference', 'bfloat16', 'int8', 'cpu'."}
     )
     backend: str | None = field(default=None, metadata={"help": "Kernels to use; the fastest unless given."})
+    metric: str = field(
+        default="euclidean",
+        metadata={"help": "In which gradients are compared: 'euclidean', 'retain'; docs/method.md."},
+    )
+    damping: float = field(default=0.01, metadata={"help": "Of the metric 'retain', >= 0."})
     epoch_over: str = field(
         default="longer", metadata={"help": "The data set that an epoch reads once: 'longer', 'forget', 'retain'."}
     )
@@ -92,6 +97,8 @@ class BLURTrainingArguments(TrainingArguments):
             scope=self.scope,
             stash=self.stash,
             backend=self.backend,
+            metric=self.metric,
+            damping=self.damping,
         )
 
 

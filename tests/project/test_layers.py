@@ -49,6 +49,7 @@ LAYERS = [
     "step.gradients",
     "step.settings",
     "step.projection",
+    "step.nothing",
     "step.recompute",
     "step.statistics",
     "step.phases",
