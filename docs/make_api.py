@@ -58,6 +58,7 @@ SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "integrations.transformers": "BLURTrainingArguments BLURTrainer",
             "integrations.trainer_step": "BLURStepMixin",
             "integrations.record": "*",
+            "integrations.stopping": "*",
         },
     ),
     ("Lightning", "", {"integrations.lightning": "*"}),
