@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from blur_optim.integrations.stopping import StopAtHoldout, load_ended, reached_at
 from blur_optim.integrations.transformers import BLURTrainer, BLURTrainingArguments
+from blur_optim.losses.forward import adapter_owner
 
 from .data import NEVER_SEEN, Data
 from .tokens import collate
@@ -90,7 +91,7 @@ def make_trainer(
     model: Any, args: BLURTrainingArguments, data: Data, logbook: "Logbook", options: argparse.Namespace
 ) -> BLURTrainer:
     """Return the Trainer. KL compares with a copy of the model where there is no adapter to switch off."""
-    needs_copy = args.retain_loss == "kl" and not hasattr(model, "peft_config")
+    needs_copy = args.retain_loss == "kl" and adapter_owner(model) is None
     trainer = BLURTrainer(
         model,
         args,

@@ -29,6 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Which module runs the blocks of a name.
 RUN_BY = {
     "readme": "tests/project/test_readme.py",
+    "faq": "tests/integrations/test_integrations_docs.py",
     "start": "tests/project/test_documentation.py",
     "distributed": "tests/project/test_documentation.py",
     "integrations": "tests/integrations/test_integrations_docs.py",
