@@ -60,6 +60,7 @@ SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "integrations.transformers": "BLURTrainer",
             "integrations.trainer_step": "BLURStepMixin",
             "integrations.record": "*",
+            "integrations.stopping": "*",
         },
     ),
     ("Lightning", "", {"integrations.lightning": "*"}),

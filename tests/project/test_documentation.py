@@ -34,6 +34,7 @@ RUN_BY = {
     "distributed": "tests/project/test_documentation.py",
     "integrations": "tests/integrations/test_integrations_docs.py",
     "lightning": "tests/integrations/test_integrations_docs.py",
+    "stopping": "tests/integrations/test_stopping.py",
     "open-unlearning": "tests/integrations/test_open_unlearning.py",
 }
 #: Languages, and why their blocks are not run.

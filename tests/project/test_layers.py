@@ -76,6 +76,7 @@ LAYERS = [
     "integrations.run_start",
     "integrations.trainer_reference",
     "integrations.transformers",
+    "integrations.stopping",
     "integrations.split_loss",
     "integrations.open_unlearning",
     "integrations.lightning",
