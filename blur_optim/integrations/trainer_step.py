@@ -97,22 +97,14 @@ class BLURStepMixin:
     # -- What the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-<<<<<<< HEAD
         """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR.
 
         Under DeepSpeed it stays bare, for the engine takes its param groups apart.
         """
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if getattr(self, "is_deepspeed_enabled", False):
-            return optimizer
-        if not isinstance(_unwrapped(optimizer), BLUR):
-            self.optimizer = BLUR(base=optimizer, **self.blur_options)
-=======
-        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(_unwrapped(self.optimizer), BLUR):
+        wrapped = isinstance(_unwrapped(self.optimizer), BLUR)
+        if not wrapped and not getattr(self, "is_deepspeed_enabled", False):
             self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
->>>>>>> main
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -174,13 +166,8 @@ class BLURStepMixin:
             # Each phase has to end reduced over the processes, so the last backward of each is the one that syncs.
             with self._no_sync(model) if position < len(batches) else nullcontext():
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-<<<<<<< HEAD
-                    loss = checked_loss(f"{side}_loss", compute(model, half)).mean() / len(batches)
-                self._backward(loss)
-=======
                     loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
-                self.accelerator.backward(loss)
->>>>>>> main
+                self._backward(loss)
             total += loss.detach()
         return total
 
