@@ -22,6 +22,7 @@ from blur_optim.integrations.deepspeed import DeepSpeedBLUR
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
+from blur_optim.step.gradients import own_name
 from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -68,8 +69,8 @@ class BLURStepMixin:
         in_groups = {"gamma", "retain_weight"}
         blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
         for name in in_groups & set(changed):
-            for group in blur.param_groups:
-                group[name] = options[name]
+            for param_group in blur.param_groups:
+                param_group[own_name(name, param_group)] = options[name]
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -102,8 +103,9 @@ class BLURStepMixin:
         Under DeepSpeed it stays bare, for the engine takes its param groups apart.
         """
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        wrapped = isinstance(_unwrapped(self.optimizer), BLUR)
-        if not wrapped and not getattr(self, "is_deepspeed_enabled", False):
+        if getattr(self, "is_deepspeed_enabled", False):
+            return self.optimizer
+        if not isinstance(_unwrapped(self.optimizer), BLUR):
             self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
         return self.optimizer
 
@@ -132,7 +134,8 @@ class BLURStepMixin:
         self.last_losses = forget, retain
         self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
         group = blur.param_groups[0]
-        loss: Tensor = group["gamma"] * forget + group["retain_weight"] * retain
+        gamma, weight = (group[own_name(name, group)] for name in ("gamma", "retain_weight"))
+        loss: Tensor = gamma * forget + weight * retain
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
