@@ -1,10 +1,12 @@
 """A tokenizer of a few words with a chat template, and chats of them."""
 
 import torch
-
 from tiny import VOCABULARY
 
-WORDS = "what is the name of author book who wrote red blue green one two three yes no it was why not".split()
+WORDS = [
+    *("what", "is", "the", "name", "of", "author", "book", "who", "wrote", "red", "blue", "green"),
+    *("one", "two", "three", "yes", "no", "it", "was", "why", "not"),
+]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "user", "assistant"]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}"

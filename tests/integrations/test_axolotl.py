@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+import yaml
 from chats import chats, word_tokenizer
 from hand_written import train
+from test_integrations_docs import blocks
 from tiny import tiny_llama
 
 pytestmark = [
@@ -26,11 +28,12 @@ def configuration(folder, **more):
         turns = [[message["content"] for message in chat["messages"]] for chat in chats(count, seed)]
         lines = [json.dumps({"instruction": ask, "input": "", "output": answer}) for ask, answer in turns]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (block,) = blocks("axolotl")  # Of the documentation.
+    for name in ("forget", "retain"):
+        block = block.replace(f"path: {name}.jsonl", f"path: {folder / name}.jsonl")
     settings = {
+        **yaml.safe_load(block),
         "base_model": str(folder / "model"),
-        "plugins": ["blur_optim.integrations.axolotl.BLURPlugin"],
-        "datasets": [{"path": str(folder / "retain.jsonl"), "type": "alpaca"}],
-        "blur": {"forget_datasets": [{"path": str(folder / "forget.jsonl"), "type": "alpaca"}], "gamma": 1.0},
         "output_dir": str(folder / "out"),
         "dataset_prepared_path": str(folder / "prepared"),
         "dataset_num_proc": 1,
@@ -81,7 +84,9 @@ def test_the_plugin_trains_as_by_hand(tmp_path, monkeypatch):
     assert type(trainer).__mro__[2].__name__ != "Trainer"
     last = [line for line in trainer.state.log_history if "forget_loss" in line][-1]
     expected = tiny_llama(max_position_embeddings=LENGTH)
-    statistics = train(expected, tiny_llama(max_position_embeddings=LENGTH), forget, retain, steps=3, accumulate=2, max_norm=0.5)
+    statistics = train(
+        expected, tiny_llama(max_position_embeddings=LENGTH), forget, retain, steps=3, accumulate=2, max_norm=0.5
+    )
     assert last["blur_cosine"] == pytest.approx(float(statistics.cosine), rel=1e-3)
     for p, e in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, e, rtol=1e-5, atol=1e-6)

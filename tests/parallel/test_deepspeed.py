@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import re
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from engine_problem import (
     config,
     largest_errors,
     make_engine,
+    make_network,
     masters,
     on_one_process,
     shared_folder,
@@ -221,6 +223,24 @@ def test_checkpoint(stage, offload, dtype):
     assert all(torch.equal(p, expected[name]) for name, p in masters(again).items())
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_block_of_the_documentation(stage):
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- test: deepspeed -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    make_engine(config(stage))  # Which sets up what a launcher would.
+    network = make_network()
+    batches = {f"{side}_batches": [tokens(0, side, dist.get_rank(), i) for i in range(2)] for side in MICRO}
+    names = {"model": network, "config": config(stage), **batches}
+    names |= {
+        "npo": lambda engine, batch: engine(batch, "forget"),
+        "nll": lambda engine, batch: engine(batch, "retain"),
+    }
+    exec(compile(code, "docs/distributed.md", "exec"), names)
+    assert names["engine"].global_steps == 1
+    (seen,), _ = on_one_process([0])
+    assert float(names["opt"].statistics.cosine) == pytest.approx(seen["cosine"], abs=FLOAT32)
+
+
 # -- What is an error ------------------------------------------------------------------------------------------------
 
 
@@ -312,11 +332,17 @@ def test_arguments():
     engine = make_engine(config(2, clip=1.0))
     with pytest.raises(ValueError, match=r"`stash` must not be 'recompute'"):
         make_opt(engine, stash="recompute")
+    with pytest.raises(ValueError, match=r"`metric` must be 'euclidean' with an engine"):
+        make_opt(engine, metric="retain")
     with pytest.raises(ValueError, match=r"`max_grad_norm` must be None where the engine clips"):
         make_opt(engine, max_grad_norm=1.0)
     with pytest.raises(TypeError, match=r"`engine` must be a DeepSpeedEngine, got Linear"):
         make_opt(torch.nn.Linear(1, 1))
     opt = make_opt(engine)
+    with pytest.raises(ValueError, match=r"`stash` must not be 'recompute'"):
+        opt.configure(stash="recompute")
+    opt.configure(stash="int8", rule="conflict")
+    assert (opt.stash, opt.rule) == ("int8", "conflict")
     with pytest.raises(TypeError, match=r"must be called without closures"):
         opt.step(lambda: None, lambda: None)
     with pytest.raises(TypeError, match=r"`grad_scale` must be None"), opt.retain(grad_scale=2.0):
