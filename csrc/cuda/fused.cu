@@ -36,7 +36,10 @@ __global__ void __launch_bounds__(kBlock) corrections_kernel(const __grid_consta
 
 template <class C, bool kMetric>
 __device__ auto metric_of(const DeviceScalars& scalars, int64_t tensor) {
-  if constexpr (kMetric) return MetricConstants<C>(scalars.metric, tensor);
+  if constexpr (kMetric)
+    return MetricConstants<C>(scalars.metric, tensor);
+  else
+    return nullptr;  // Which nothing reads.
 }
 
 // For float64 the compiler would rather spill registers than run fewer blocks at a time, unless one is enough.
