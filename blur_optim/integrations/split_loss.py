@@ -155,7 +155,8 @@ class SplitLoss:
                 with torch.no_grad():
                     value = self.method.compute_retain_loss(trainer, *args, **kwargs).detach().clone()
             leaves["r"] = value.requires_grad_()
-            return leaves["r"] if self._reads_retain_loss else leaves["r"].as_subclass(UncomputedLoss)
+            retain_loss: Tensor = leaves["r"]
+            return retain_loss if self._reads_retain_loss else retain_loss.as_subclass(UncomputedLoss)
 
         with _attributes(trainer, gamma=leaves["gamma"], alpha=leaves["alpha"], compute_retain_loss=stand_in):
             loss = self.method.compute_loss(trainer, model, inputs)
