@@ -1,7 +1,7 @@
 """Prove and measure on a GPU all that this repository claims of it, with one command.
 
     python benchmarks/gpu_bench.py --out gpu-results
-    python benchmarks/gpu_bench.py --out gpu-results --device cpu --quick       # a rehearsal: every stage, without a GPU
+    python benchmarks/gpu_bench.py --out gpu-results --device cpu --quick       # a rehearsal, without a GPU
 
 Each stage runs in a process of its own with a time limit: a crash, a hang or a full card ends that stage alone. After
 each the report, OUT/report.md, is written anew; with it come results.json, log.txt and a CSV for each stage that has

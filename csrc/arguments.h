@@ -99,18 +99,35 @@ inline void check_like(const Tensors& tensors, const std::vector<Pair>& pairs, c
                     " elements like its gradient, got ", tensors[i].numel(), ".");
 }
 
-// The parameters' dtype, checked against the gradients' and the state's.
-inline Dtype param_dtype(const Tensor& param, Dtype grad, size_t i) {
-  const Dtype dtype = dtype_of(param, "params", i);
-  STD_TORCH_CHECK(dtype == grad || (dtype == Dtype::Float32 && element_size(grad) == 2), "`params[", i,
+// The dtype of a parameter, or of its state, checked against the gradients'.
+inline Dtype param_dtype(const Tensor& param, Dtype grad, size_t i, const char* name = "params") {
+  const Dtype dtype = dtype_of(param, name, i);
+  STD_TORCH_CHECK(dtype == grad || (dtype == Dtype::Float32 && element_size(grad) == 2), "`", name, "[", i,
                   "]` must have its gradients' dtype, or be float32 beside 16-bit gradients.");
   return dtype;
 }
 
-inline void check_state(const Tensors& state, const Tensors& params, const char* name) {
+inline std::vector<Dtype> param_dtypes(const Tensors& params, const std::vector<Pair>& pairs, const char* name = "params") {
+  std::vector<Dtype> dtypes;
+  dtypes.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i, name));
+  return dtypes;
+}
+
+inline void check_state(const Tensors& state, const Tensors& params, const char* name, const char* like = "params") {
   for (size_t i = 0; i < state.size() && i < params.size(); ++i)
     STD_TORCH_CHECK(state[i].scalar_type() == params[i].scalar_type(), "`", name, "[", i,
-                    "]` must have the dtype of `params[", i, "]`.");
+                    "]` must have the dtype of `", like, "[", i, "]`.");
+}
+
+// One row for each pair; see Metric.
+inline const double* metric_pointer(const Tensor& metric, const std::vector<Pair>& pairs, const Tensor& like) {
+  STD_TORCH_CHECK(metric.scalar_type() == ScalarType::Double && metric.is_contiguous() && metric.dim() == 2 &&
+                      metric.size(0) == int64_t(pairs.size()) && metric.size(1) == kMetricNumbers &&
+                      metric.device() == like.device(),
+                  "`metric` must be a contiguous float64 tensor of shape [", pairs.size(), ", ", kMetricNumbers,
+                  "] on the device of the other tensors.");
+  return static_cast<const double*>(metric.mutable_data_ptr());
 }
 
 inline std::vector<void*> pointers(const Tensors& tensors) {

@@ -65,6 +65,7 @@ class Sheet:
     Args:
         tables: for the report: ``{"title": ..., "rows": [{column: cell}]}``.
         records: lines of the stage's CSV: every number that was taken.
+        texts: Markdown that somebody else has written.
         limits: what was to be reached: ``{"what", "value", "limit", "reached"}``, the middle two as text.
         notes: what a reader has to know: what was left out, and why.
     """
@@ -72,6 +73,7 @@ class Sheet:
     path: Path
     tables: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     limits: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -92,12 +94,16 @@ class Sheet:
         self.limits.append({"what": what, "value": f"{value:.3g}", "limit": bound, "reached": reached})
         self.save()
 
+    def text(self, markdown: str) -> None:
+        self.texts.append(markdown)
+        self.save()
+
     def note(self, text: str) -> None:
         self.notes.append(text)
         self.save()
 
     def save(self) -> None:
-        fields = {name: getattr(self, name) for name in ("tables", "records", "limits", "notes")}
+        fields = {name: getattr(self, name) for name in ("tables", "records", "texts", "limits", "notes")}
         scratch = self.path.with_suffix(".new")
         scratch.write_text(json.dumps(fields))
         os.replace(scratch, self.path)

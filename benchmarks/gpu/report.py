@@ -8,8 +8,8 @@ from typing import Any
 from .context import Context
 
 DRY = (
-    "**A rehearsal without a GPU, at toy size: that every stage runs is all that it shows. No number below means anything, "
-    "and none was taken on a GPU.**"
+    "**A rehearsal without a GPU, at toy size: that every stage runs is all that it shows. No number below means "
+    "anything, and none was taken on a GPU.**"
 )
 
 
@@ -37,6 +37,8 @@ def lines(results: Mapping[str, Any], machine: Mapping[str, str], context: Conte
         for each in result.get("tables", []):
             yield from (f"**{each['title']}**", "")
             yield from table(each["rows"])
+        for text in result.get("texts", []):
+            yield from (text, "")
         yield from (f"- {note}" for note in result.get("notes", []))
         yield ""
 

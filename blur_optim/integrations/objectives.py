@@ -181,7 +181,9 @@ def find_module(model: nn.Module, pattern: str) -> nn.Module:
     Raises:
         ValueError: none or several do.
     """
-    found: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if re.fullmatch(pattern, n)}
+    # torch.compile puts the model one name deeper.
+    names = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
+    found: dict[str, nn.Module] = {name: module for name, module in names if re.fullmatch(pattern, name)}
     if len(found) != 1:
         raise ValueError(f"The pattern {pattern!r} must fit the name of one module, got {sorted(found) or 'none'}.")
     (module,) = found.values()

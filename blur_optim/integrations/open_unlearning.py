@@ -1,4 +1,4 @@
-"""BLUR around the methods of open-unlearning (https://github.com/locuslab/open-unlearning): one import, a YAML for each.
+"""BLUR around the methods of open-unlearning (https://github.com/locuslab/open-unlearning): one import, YAML files.
 
 Importing this registers the handler ``BLUR``. It makes a subclass of the project's own trainer for a method, so that
 data, losses, reference model and evaluation are the project's, and a BLUR run differs from its baseline in the update

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 #: What may be done to a retain loss that was not computed: the result stays linear in it. A property is a ``__get__``.
-_LINEAR = frozenset(
-    "add sub rsub mul div true_divide neg positive sum mean stack hstack vstack cat to float double clone squeeze "
-    "unsqueeze reshape view __getitem__ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ "
-    "__truediv__ __itruediv__ __neg__ __pos__ __get__ dim size numel".split()
-)
-_PRODUCTS = frozenset("mul __mul__ __rmul__ __imul__".split())
-_QUOTIENTS = frozenset("div true_divide __truediv__ __itruediv__".split())
+_SUMS = {"add", "__add__", "__radd__", "__iadd__", "sub", "rsub", "__sub__", "__rsub__", "__isub__", "sum", "mean"}
+_SUMS |= {"neg", "__neg__", "positive", "__pos__", "stack", "hstack", "vstack", "cat", "__getitem__"}
+_SHAPES = {"to", "float", "double", "clone", "squeeze", "unsqueeze", "reshape", "view", "dim", "size", "numel"}
+_SHAPES |= {"__get__"}  # A property.
+_PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__"}
+_QUOTIENTS = {"div", "true_divide", "__truediv__", "__itruediv__"}
 
 
 class RetainLossNeeded(Exception):
@@ -33,7 +32,8 @@ class UncomputedLoss(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
-        if name not in _LINEAR or (name in _PRODUCTS | _QUOTIENTS and not _is_weighted(name, args)):
+        is_linear = _is_weighted(name, args) if name in _PRODUCTS | _QUOTIENTS else name in _SUMS | _SHAPES
+        if not is_linear:
             raise RetainLossNeeded
         return super().__torch_function__(func, types, args, kwargs or {})
 

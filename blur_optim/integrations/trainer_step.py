@@ -2,7 +2,8 @@
 
 The Trainer's own loop runs as it is. It calls ``training_step`` for each micro-batch; here the micro-batches are only
 collected until the last one before a step. Then all forget halves run, then all retain halves, and ``p.grad`` holds the
-update: unscaling, clipping, the step, schedulers, logging and checkpoints are the Trainer's.
+update: unscaling, clipping, the step, schedulers, logging and checkpoints are the Trainer's. Under DeepSpeed the
+engine has the gradients, and steps; what the Trainer does of it then does nothing, as without BLUR.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from packaging import version
 from torch import Tensor, nn
 
+from blur_optim.integrations.deepspeed import DeepSpeedBLUR
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
+from blur_optim.step.gradients import own_name
 from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -38,6 +41,7 @@ class BLURStepMixin:
     state: Any
     #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
     last_losses: tuple[Tensor, Tensor] | None = None
+    _engine_blur: DeepSpeedBLUR | None = None
     _pending: list[dict[str, Any]]
     _loss_sums: Tensor
     model: Any
@@ -65,8 +69,8 @@ class BLURStepMixin:
         in_groups = {"gamma", "retain_weight"}
         blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
         for name in in_groups & set(changed):
-            for group in blur.param_groups:
-                group[name] = options[name]
+            for param_group in blur.param_groups:
+                param_group[own_name(name, param_group)] = options[name]
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -83,7 +87,10 @@ class BLURStepMixin:
         Raises:
             RuntimeError: training has not begun, so there is none.
         """
-        found = _unwrapped(self.optimizer)
+        engine = self._engine
+        if engine is not None and (self._engine_blur is None or self._engine_blur.engine is not engine):
+            self._engine_blur = DeepSpeedBLUR(engine, **self.blur_options)
+        found = _unwrapped(self.optimizer) if engine is None else self._engine_blur
         if not isinstance(found, BLUR):
             raise RuntimeError("There is no BLUR optimizer before trainer.train() or trainer.create_optimizer().")
         return found
@@ -91,8 +98,13 @@ class BLURStepMixin:
     # -- What the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
+        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR.
+
+        Under DeepSpeed it stays bare, for the engine takes its param groups apart.
+        """
         super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if getattr(self, "is_deepspeed_enabled", False):
+            return self.optimizer
         if not isinstance(_unwrapped(self.optimizer), BLUR):
             self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
         return self.optimizer
@@ -117,10 +129,13 @@ class BLURStepMixin:
         # The scale, or under fp16 max_grad_norm, normalize and statistics would be those of scaled gradients.
         with blur.retain(grad_scale=self.accelerator.scaler):
             retain = self._run_phase(model, "retain", batches)
+        if self._engine is not None:
+            blur.step()  # The Trainer leaves it to accelerate's backward, which is not called.
         self.last_losses = forget, retain
         self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
         group = blur.param_groups[0]
-        loss: Tensor = group["gamma"] * forget + group["retain_weight"] * retain
+        gamma, weight = (group[own_name(name, group)] for name in ("gamma", "retain_weight"))
+        loss: Tensor = gamma * forget + weight * retain
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -155,7 +170,7 @@ class BLURStepMixin:
             with self._no_sync(model) if position < len(batches) else nullcontext():
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                     loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
-                self.accelerator.backward(loss)
+                self._backward(loss)
             total += loss.detach()
         return total
 
@@ -165,8 +180,21 @@ class BLURStepMixin:
         return compute(model, half)
 
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(model=model)
+        # An engine needs none, and does not have it in all stages.
+        context: AbstractContextManager[Any] = nullcontext() if self._engine else self.accelerator.no_sync(model=model)
         return context
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._engine is None:
+            self.accelerator.backward(loss)
+        else:
+            self._engine.backward(loss, scale_wrt_gas=False)  # The loss has been divided.
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's, once there is one."""
+        wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        return None if wrapped is None else wrapped.engine
 
     def _training_logs(self) -> dict[str, float]:
         forget, retain, steps = self.accelerator.reduce(self._loss_sums.to(self.args.device), "sum").tolist()
@@ -247,11 +275,6 @@ def _check_trainer(trainer: Any) -> None:
         raise ValueError(
             "`model` must have parameters to train, got none with requires_grad. Load an adapter for training: "
             "PeftModel.from_pretrained(..., is_trainable=True)."
-        )
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        raise ValueError(
-            "BLUR needs two gradients apart in p.grad, which DeepSpeed collects in buffers of its own. Use FSDP2 "
-            "(fsdp_version 2), or plain data parallelism."
         )
     name = str(getattr(args.optim, "value", args.optim))
     if name in _STEP_INSIDE_BACKWARD or name.endswith("layerwise"):

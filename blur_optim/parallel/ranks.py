@@ -139,7 +139,7 @@ class Ranks:
         return shards / self._size
 
     def sum_(self, table: Tensor, facts: str) -> Tensor:
-        """Add the tables of all ranks, ``[n, 3]`` float64.
+        """Add the tables of all ranks, ``[n, 3 or more]`` float64.
 
         Args:
             facts: what has to be the same on all ranks. A fingerprint of it travels along. Where the ranks disagree the
@@ -222,7 +222,8 @@ class Ranks:
 
 
 def _row(table: Tensor, *values: int) -> Tensor:
-    """``[1, 3]``, made of fills: a copy from the host would synchronise."""
+    """``[1, columns]``, ending in zeros; made of fills: a copy from the host would synchronise."""
+    values += (0,) * (table.shape[1] - len(values))
     return torch.stack([table.new_full((), float(value)) for value in values])[None]
 
 

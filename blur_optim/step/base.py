@@ -1,5 +1,7 @@
 """The base optimizer: made or checked, and stepped with what mixed precision wants it to know."""
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +49,47 @@ def check_base(base: object) -> None:
     _refuse_engine(base)
     if not isinstance(base, Optimizer):
         raise TypeError(f"`base` must make a torch.optim.Optimizer, got {type(base).__name__}.")
-    if isinstance(base, LBFGS):
-        raise TypeError("`base` must step on p.grad without a closure of its own, which LBFGS needs.")
+    if isinstance(base, LBFGS) or _needs_closure(type(base)):
+        name = type(base).__name__
+        raise TypeError(f"`base` must step on p.grad without a closure of its own, which {name} needs.")
+    if _hooks_backward(base):
+        raise TypeError(
+            f"`base` must take its gradients from p.grad when it steps, got {type(base).__name__}, which takes them in "
+            "a hook during backward: of the two phases it would step on the last alone. What else saves memory: "
+            "stash='int8' or 'cpu', or fully_shard; see docs/memory.md."
+        )
+
+
+def _needs_closure(kind: type[Optimizer]) -> bool:
+    """Whether ``step`` cannot run without a closure: by its signature, or because it says so at once."""
+    step = inspect.unwrap(kind.step)  # torch wraps it, for its hooks and in no_grad().
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty and closure.kind is not closure.VAR_KEYWORD:
+        return True
+    try:
+        source = inspect.getsource(step)
+    except (OSError, TypeError):  # Not written in Python, or not in a file.
+        return False
+    return re.search(r"assert closure\b|if closure is None:\s*(#.*\s*)*raise\b", source) is not None
+
+
+def _hooks_backward(base: Optimizer) -> bool:
+    """Whether a hook on a parameter is the base's own, as of those that offload gradients or step inside backward."""
+    params = [p for group in base.param_groups for p in group["params"]]
+    names = ("_post_accumulate_grad_hooks", "_backward_hooks")
+    hooks = [hook for p in params for name in names for hook in (getattr(p, name, None) or {}).values()]
+    return any(_refers_to(hook, base) for hook in hooks)
+
+
+def _refers_to(function: Any, base: Optimizer) -> bool:
+    held = [getattr(function, "__self__", None), *getattr(function, "args", ())]  # Of a method, of a partial.
+    inner = getattr(function, "func", None)
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            held.append(cell.cell_contents)
+        except ValueError:  # Not filled yet.
+            continue
+    return any(thing is base for thing in held) or (inner is not None and _refers_to(inner, base))
 
 
 def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor | None]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from blur_optim.kernels import FusedBackend, select_backend
 from blur_optim.kernels.layout import dense_alike, is_dense
@@ -27,7 +28,7 @@ def why_not_fused(base: Optimizer, gradients: PairedGradients, backend: str | No
     """Say why ``base.step()`` has to be taken the plain way; an empty string where it need not."""
     if type(base) not in _STEPS:
         return f"{type(base).__name__} has no fused update"
-    if _has_step_hooks(base) or "step" in base.__dict__:
+    if has_step_hooks(base) or "step" in base.__dict__:
         return "a hook or a wrapper of step may look at p.grad"
     if len(gradients.devices) != 1:
         return "the parameters are on several devices, or none has a gradient"
@@ -36,7 +37,7 @@ def why_not_fused(base: Optimizer, gradients: PairedGradients, backend: str | No
         return "the backend has no fused update"
     if any(_group_needs_base(group) for group in base.param_groups):
         return "a param group is capturable or differentiable, or has tensors for betas or momentum"
-    if not all(_fits(pair, base.state.get(pair.param, {})) for pair in gradients.pairs):
+    if not all(fits(pair, base.state.get(pair.param, {})) for pair in gradients.pairs):
         return "a parameter, gradient or state has an unusual dtype or layout"
     return ""
 
@@ -71,7 +72,7 @@ def _adam_step(
             _locals(max_exp_avg_sqs),
             *_gradient_arguments(pairs, projection),
             torch.stack(state_steps).to(device, torch.float32, non_blocking=True),
-            _lr(group, device),
+            learning_rate(group, device),
             beta1=beta1,
             beta2=beta2,
             weight_decay=group["weight_decay"],
@@ -102,7 +103,7 @@ def _sgd_step(
                 _locals(pair.param for pair in mine),
                 _locals(base.state[pair.param]["momentum_buffer"] for pair in mine) if has_momentum else [],
                 *_gradient_arguments(mine, projection),
-                _lr(group, mine[0].device),
+                learning_rate(group, mine[0].device),
                 momentum=group["momentum"],
                 dampening=group["dampening"],
                 weight_decay=group["weight_decay"],
@@ -136,14 +137,14 @@ def _gradient_arguments(
     return [pair.forget for pair in pairs], [pair.retain for pair in pairs], rows, projection.coefficients
 
 
-def _lr(group: dict[str, Any], device: torch.device) -> Tensor:
+def learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         return lr.to(device, torch.float64)
     return torch.full((), lr, dtype=torch.float64, device=device)
 
 
-def _has_step_hooks(base: Optimizer) -> bool:
+def has_step_hooks(base: Optimizer) -> bool:
     return bool(
         base._optimizer_step_pre_hooks
         or base._optimizer_step_post_hooks
@@ -159,12 +160,15 @@ def _group_needs_base(group: dict[str, Any]) -> bool:
     )
 
 
-def _fits(pair: Pair, state: Mapping[str, Any]) -> bool:
+def fits(pair: Pair, state: Mapping[str, Any]) -> bool:
     """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
     p = to_local(pair.param)
     dtype, forget, retain = p.dtype, pair.forget, pair.retain
-    if dtype not in _FLOATS or (
-        retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in (torch.bfloat16, torch.float16))
+    # Of a subclass with a dispatch of its own (torchao's weights of 8 bits) the memory is something else.
+    if (
+        is_traceable_wrapper_subclass(p)
+        or dtype not in _FLOATS
+        or (retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in (torch.bfloat16, torch.float16)))
     ):
         return False
     moments = [to_local(state[name]) for name in _MOMENTS if state.get(name) is not None]

@@ -1,6 +1,6 @@
 """The gradients of a step, paired by parameter, in the form that the kernels take."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -59,6 +59,12 @@ def check_weight(name: str, value: Any) -> float:
     return weight
 
 
+def own_name(name: str, group: Mapping[str, Any]) -> str:
+    """Under what key a param group has BLUR's ``gamma`` or ``retain_weight``: with a prefix where its base has one."""
+    prefixed = f"blur_{name}"
+    return prefixed if prefixed in group else name
+
+
 @dataclass
 class Rows:
     """The rows of the dots and of the coefficients: one per param group, or one per parameter.
@@ -81,8 +87,10 @@ class Rows:
             params = [p for p in group["params"] if takes_part(p)]
             first, count = len(rows.gammas), len(params) if per_parameter else 1
             rows.members += [(p, first + (i if per_parameter else 0), index) for i, p in enumerate(params)]
-            rows.gammas += [check_weight("gamma", group["gamma"])] * count
-            rows.alphas += [check_weight("retain_weight", group["retain_weight"])] * count
+            names = (own_name(name, group) for name in ("gamma", "retain_weight"))
+            gamma, alpha = (check_weight(name, group[name]) for name in names)
+            rows.gammas += [gamma] * count
+            rows.alphas += [alpha] * count
         return rows
 
     @property

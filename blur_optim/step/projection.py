@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,25 @@ from blur_optim.kernels import select_backend
 from blur_optim.step.gradients import Pair, PairedGradients, Rows
 from blur_optim.step.rules import Dots, update_norm_sq
 from blur_optim.step.settings import Settings
+
+
+class MetricSums(NamedTuple):
+    r"""What the dots in the metric say of each row, or of each parameter: ``[rows]`` float64 tensors.
+
+    Args:
+        dots: :math:`\langle g_r, P g_f\rangle, \langle g_f, P g_f\rangle, \langle g_r, P g_r\rangle`.
+        forget_sq, forget_fourth: the sums of :math:`(P g_f)^2` and :math:`(P g_f)^4` over the coordinates.
+        numel: the number of coordinates.
+    """
+
+    dots: Dots
+    forget_sq: Tensor
+    forget_fourth: Tensor
+    numel: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor) -> "MetricSums":
+        return cls(Dots(*table[:, 3:6].unbind(1)), table[:, 6], table[:, 7], table[:, 9])
 
 
 @dataclass(frozen=True)
@@ -23,6 +43,7 @@ class Projection:
         found_inf: 0-d float32, 1 where a dot is not finite. The form that fused optimizers take.
         params: those that took part, in the order of the param groups.
         parameter_dots: three ``[len(params)]`` tensors, where they were asked for.
+        in_metric, parameters_in_metric: the same in the metric of the retain loss, where the step has one.
     """
 
     dots: Dots
@@ -32,6 +53,8 @@ class Projection:
     found_inf: Tensor
     params: list[Tensor]
     parameter_dots: Dots | None = None
+    in_metric: MetricSums | None = None
+    parameters_in_metric: MetricSums | None = None
 
     @property
     def coefficients(self) -> Tensor:
@@ -96,7 +119,7 @@ def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
 
 def solve(table: Tensor, rows: Rows, settings: Settings, grad_scale: Tensor | float | None = None) -> Projection:
     """The scalar part: from the dots, as :func:`take_dots` has them, to the coefficients."""
-    gamma, alpha = (_filled(values, table.device) for values in (rows.gammas, rows.alphas))
+    gamma, alpha = (filled(values, table.device) for values in (rows.gammas, rows.alphas))
     found_inf = (~table.isfinite().all()).float()
     if grad_scale is not None:
         table = table / grad_scale / grad_scale
@@ -123,7 +146,7 @@ def clipped(projection: Projection, max_grad_norm: float | None) -> Projection:
     return replace(projection, a=a * clip, b=b * clip, update_norm=norm * clip)
 
 
-def _filled(values: list[float], device: torch.device) -> Tensor:
+def filled(values: list[float], device: torch.device) -> Tensor:
     """``torch.tensor(values)`` without its host-to-device copy, which would synchronise: runs become fills."""
     runs: list[tuple[float, int]] = []
     for value in values:

@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,8 @@ from blur_optim.step.recompute import recompute
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import STASHES
 
+_OUTSIDE = 6  # How many calls a warning about a step is away from the user's own line, about.
+
 Closure = Callable[[], Any]
 Amp = dict[str, Tensor | None]
 
@@ -33,7 +35,7 @@ class TwoPhaseStep:
 
     What takes gradients from elsewhere than ``p.grad`` gives ``wrappers`` and ``ranks`` of its own, with the methods of
     these two classes, and perhaps other :meth:`groups`; what takes the base's step otherwise overrides :meth:`apply`
-    and :meth:`step_base`.
+    and :meth:`step_base`, as :class:`blur_optim.step.metric_step.MetricStep` does.
 
     Args:
         base: the optimizer that takes the update.
@@ -59,7 +61,7 @@ class TwoPhaseStep:
         self.wrappers = Wrappers() if wrappers is None else wrappers
         self.last: Projection | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
-        self._warned = False
+        self._warned = self._said_nothing = False
         self.end()
 
     # -- By closures -------------------------------------------------------------------------------------------------
@@ -148,10 +150,14 @@ class TwoPhaseStep:
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
-        projection = project(gradients, settings, grad_scale)
+        projection = self.solve(gradients, settings, grad_scale)
         self._record(gradients, projection)
         self._scale_needed = grad_scale is None and settings.needs_scale
         return gradients, projection
+
+    def solve(self, gradients: PairedGradients, settings: Settings, grad_scale: Tensor | float | None) -> Projection:
+        """The coefficients from the paired gradients."""
+        return project(gradients, settings, grad_scale)
 
     def _recompute(self, retain: Closure, settings: Settings) -> tuple[Any, PairedGradients, Projection]:
         self.ranks.update(self.params())
@@ -167,6 +173,7 @@ class TwoPhaseStep:
         return loss, gradients, applied
 
     def _record(self, gradients: PairedGradients, projection: Projection) -> None:
+        self._warn_if_nothing(gradients, projection)
         self.last, self._found_inf = projection, projection.found_inf
         self.skipped = self._found_inf.long() + self.skipped.to(self._found_inf.device)
         # The smallest, for it is kept alive.
@@ -209,6 +216,18 @@ class TwoPhaseStep:
         self.end()
         self._zeros = [(p.grad, p.grad._version) for p in self.params() if p.grad is not None]
 
+    def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """After the state dict with these groups was loaded."""
+        if any("retain_mean_sq" in group for group in param_groups):
+            for group in self.base.param_groups:
+                group.pop("retain_mean_sq", None)
+            warnings.warn(
+                "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the "
+                "retain gradient, which may be smaller than that of the update by far, and the first steps larger. "
+                "Pass metric='retain' here too, or lower the rate until it is forgotten.",
+                stacklevel=3,
+            )
+
     def discard(self) -> None:
         """Drop every gradient, stashed or not, and with them the step."""
         params = self.params()
@@ -239,6 +258,7 @@ class TwoPhaseStep:
             missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.params())
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
+                self._check_reached(name, has_gradients)
                 missing = False
         if not missing:
             # Detached, so that the graph of the forget loss does not live through the retain phase.
@@ -247,6 +267,36 @@ class TwoPhaseStep:
             f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
             "where there is nothing to compute in this step."
         )
+
+    def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
+        params = self.params()
+        self.ranks.update(params)
+        # With many ranks, others may have the parameters that this loss depends on.
+        if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(params)):
+            trainable = sum(p.requires_grad for p in params)
+            raise RuntimeError(
+                f"`{name}` must return a loss of this optimizer's parameters, got one whose backward reached none of "
+                f"them ({trainable} of {len(params)} require grad). Is it the loss of another model, or of a copy?"
+            )
+
+    def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
+        """Say once that a step cannot move anything, where to know it costs nothing."""
+        params = self.params()
+        if self._said_nothing or self.ranks.are_many or not params:
+            return
+        if not gradients.pairs:
+            what = "neither phase left a gradient on any of its parameters. Were they run on another model, or is "
+            what += "everything frozen (an adapter loaded for inference)?"
+        elif (
+            any(pair.forget.numel() for pair in gradients.pairs)
+            and projection.dots.forget_norm_sq.is_cpu
+            and not projection.dots.forget_norm_sq.any()
+        ):
+            what = "the forget gradient is zero everywhere, so there is nothing to forget. Is every label masked?"
+        else:
+            return
+        self._said_nothing = True
+        warnings.warn(f"BLUR took a step, but {what}", stacklevel=_OUTSIDE)
 
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""

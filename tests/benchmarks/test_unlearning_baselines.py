@@ -12,6 +12,7 @@ from unlearning.baselines.primal_dual import SLACK
 from unlearning.losses import logit_margin_loss
 from unlearning.retain_metric import RetainMetric
 
+from blur_optim import BLUR
 from blur_optim.step.rules import Dots
 
 LR = 0.01
@@ -227,6 +228,17 @@ def test_the_step_in_the_metric_is_its_equation(rule: str, damping_scope: str, p
         asked = gamma * scale * inner(f, steps)
         gained = inner(f, [(a * x + b * y) / z for x, y, z in zip(f, r, metric, strict=True)])
         torch.testing.assert_close(gained, asked, **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["blur", "weighted_sum", "normalized"])
+def test_without_what_ablations_change_it_is_the_library_s_step(rule: str) -> None:
+    ours, theirs = Problem(), Problem()
+    own = RetainMetric(ours.params, 0.3, lr=LR, rule=rule, weight_decay=0.1)
+    library = BLUR(theirs.params, gamma=0.3, lr=LR, rule=rule, weight_decay=0.1, metric="retain", betas=(0.9, 0.99))
+    for _ in range(4):
+        ours.step(own)
+        theirs.step(library)
+    same(ours.moved(), theirs.moved())
 
 
 def test_a_forget_gradient_below_the_floor_fades() -> None:

@@ -1,4 +1,4 @@
-"""The handler in a checkout of open-unlearning, where ``BLUR_OPEN_UNLEARNING`` names one and its packages are installed.
+"""The handler in a checkout of open-unlearning, where ``BLUR_OPEN_UNLEARNING`` names one, with its packages.
 
 Its transformers is not the one of the other tests (docs/integrations.md says which), so this runs in its environment:
 
@@ -115,7 +115,7 @@ def gradient(model, loss):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_two_losses_are_the_projects(project, tmp_path, method):
-    """Their weighted gradients add up to the gradient of the project's own loss; retain rows are in one of them alone."""
+    """Their weighted gradients add up to that of the project's own loss; retain rows are in one of them alone."""
     ours = load(project, tmp_path, f"BLUR_{method}")
     theirs = load(project, tmp_path, method)
     # Away from the reference, where RMU's and KL's retain gradients are 0.

@@ -1,4 +1,4 @@
-"""A stand-in for open-unlearning's ``trainer`` package: the interface that the handler relies on, with small methods."""
+"""A stand-in for open-unlearning's ``trainer`` package: the interface that the handler relies on, small methods."""
 
 import copy
 import sys

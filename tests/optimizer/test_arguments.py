@@ -11,12 +11,6 @@ def params():
     return [nn.Parameter(torch.zeros(3))]
 
 
-class WithGamma(torch.optim.SGD):
-    def __init__(self, params):
-        super().__init__(params, lr=0.1)
-        self.defaults["gamma"] = 0.9
-
-
 INVALID = [
     ("negative gamma", {"gamma": -1.0}, ValueError, r"`gamma` must be finite and >= 0, got -1.0"),
     ("gamma is nan", {"gamma": float("nan")}, ValueError, r"`gamma` must be finite and >= 0, got nan"),
@@ -39,7 +33,6 @@ INVALID = [
     ("base is a string", {"base": "adamw"}, TypeError, r"`base` must be an optimizer class.*got 'adamw'"),
     ("base makes a module", {"base": lambda p: nn.Linear(1, 1)}, TypeError, r"must make a torch.optim.Optimizer"),
     ("base is LBFGS", {"base": torch.optim.LBFGS}, TypeError, r"without a closure of its own, which LBFGS needs"),
-    ("base uses the name gamma", {"base": WithGamma}, ValueError, r"hyperparameters called \['gamma'\], got WithGamma"),
     ("base is BLUR", {"base": BLUR}, ValueError, r"hyperparameters called \['gamma', 'retain_weight'\], got BLUR"),
     ("argument of no one", {"momentun": 0.9}, TypeError, r"momentun"),
 ]

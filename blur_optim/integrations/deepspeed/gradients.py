@@ -206,7 +206,9 @@ class Zero12Gradients(EngineGradients):
         self.optimizer.zero_grad()
 
     def is_clear(self) -> bool:
-        return bool(self.optimizer.micro_step_id == -1)
+        # ZeRO-1 leaves gradients with the parameters until the end of a phase, and may not have counted.
+        left = (getattr(p, name, None) is not None for p in self.params for name in ("grad", "grad_accum"))
+        return bool(self.optimizer.micro_step_id == -1) and not any(left)
 
     def _groups(self) -> Iterator[Sequence[Tensor]]:
         yield from self.optimizer.bit16_groups

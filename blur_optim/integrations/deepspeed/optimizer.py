@@ -146,6 +146,12 @@ class DeepSpeedBLUR(BLUR):
         own = {id(stand_in): p for stand_in, p in zip(self._two_phase.params(), self._gradients.params, strict=True)}
         return replace(seen, params=[own[id(stand_in)] for stand_in in seen.params])
 
+    def configure(self, **options: Any) -> None:
+        """As :meth:`blur_optim.BLUR.configure`, with the limits of the constructor's arguments."""
+        self._check_arguments(options.get("stash"), options.get("max_grad_norm"))
+        self.zero_grad()
+        super().configure(**options)
+
     def params_by_group(self) -> list[list[Tensor]]:
         """The parameters of the model, by param group; ``param_groups`` hold what the engine has made of them."""
         return [list(group) for group in self._gradients.groups]
@@ -163,6 +169,16 @@ class DeepSpeedBLUR(BLUR):
     def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
         """Refused: an engine has its param groups from the start."""
         raise RuntimeError("An engine has its param groups from the start. Pass them to deepspeed.initialize.")
+
+    def _check_arguments(self, stash: str | None, max_grad_norm: float | None) -> None:
+        if stash == "recompute":
+            raise ValueError("`stash` must not be 'recompute' with an engine, which has phases only. Use 'int8'.")
+        clipping = self.engine.gradient_clipping()
+        if max_grad_norm is not None and clipping > 0:
+            raise ValueError(
+                f"`max_grad_norm` must be None where the engine clips, got {max_grad_norm!r} beside a "
+                f"gradient_clipping of {clipping!r}. Leave one of them out."
+            )
 
     def _make_two_phase(self) -> EngineStep:
         return EngineStep(self._gradients, self.base, self.stash)
