@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from unlearning.baselines import Dampening, DualMoments, ForgetGain, PrimalDual, RetainNormal
 from unlearning.baselines.primal_dual import SLACK
 from unlearning.losses import logit_margin_loss
+from unlearning.methods import COMBINATIONS, Method, make_optimizer
 from unlearning.retain_metric import RetainMetric
 
-from blur_optim import BLUR
 from blur_optim.step.rules import Dots
 
 LR = 0.01
@@ -230,11 +230,11 @@ def test_the_step_in_the_metric_is_its_equation(rule: str, damping_scope: str, p
         torch.testing.assert_close(gained, asked, **EXACT)
 
 
-@pytest.mark.parametrize("rule", ["blur", "weighted_sum", "normalized"])
-def test_without_what_ablations_change_it_is_the_library_s_step(rule: str) -> None:
+@pytest.mark.parametrize("combine", ["blur-metric", "sum-metric", "normalized-metric"])
+def test_without_what_ablations_change_it_is_the_library_s_step(combine: str) -> None:
     ours, theirs = Problem(), Problem()
-    own = RetainMetric(ours.params, 0.3, lr=LR, rule=rule, weight_decay=0.1)
-    library = BLUR(theirs.params, gamma=0.3, lr=LR, rule=rule, weight_decay=0.1, metric="retain", betas=(0.9, 0.99))
+    own = RetainMetric(ours.params, 0.3, lr=LR, rule=COMBINATIONS[combine]["rule"])
+    library = make_optimizer(Method("npo", "nll", combine), theirs.params, 0.3, LR, 4)
     for _ in range(4):
         ours.step(own)
         theirs.step(library)
