@@ -58,6 +58,11 @@ IN_THE_METRIC: dict[str, dict[str, Any]] = {
     "metric-of-sum": {"second_moment_of": "sum"},
     "metric-power-1": {"power": 1.0},
     "metric-no-floor": {"floor": 0.0},
+    "metric-damping-0.1": {"damping": 0.1},
+    "metric-damping-0.001": {"damping": 0.001},
+    "metric-damping-0": {"damping": 0.0},
+    "metric-beta-0.9": {"betas": (0.9, 0.9)},
+    "metric-beta-0.999": {"betas": (0.9, 0.999)},
     "metric-damped-by-tensor": {"damping_scope": "parameter"},
 }
 
