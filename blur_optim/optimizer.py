@@ -13,7 +13,7 @@ from blur_optim.kernels import select_backend
 from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
-from blur_optim.step.gradients import check_weight
+from blur_optim.step.plan import check_weight
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
@@ -87,7 +87,7 @@ class BLUR(OptimizerWrapper):
         check_base(made)
         super().__init__(made, {"gamma": gamma, "retain_weight": retain_weight})
         self._two_phase = self._make_two_phase()
-        params = self._two_phase.params()
+        params = self._two_phase.plan.params
         if is_gathered(params):
             raise ValueError(
                 "`params` must be the sharded parameters, got copies that FSDP has gathered for a forward pass. "
@@ -173,7 +173,7 @@ class BLUR(OptimizerWrapper):
         p = self._two_phase.last
         if p is None:
             return None
-        skipped = self._two_phase.skipped
+        skipped = self._two_phase.skipped.clone()  # Which counts on.
         return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -207,7 +207,7 @@ class BLUR(OptimizerWrapper):
         return super()._step_supports_amp_scaling
 
     def _make_two_phase(self) -> TwoPhaseStep:
-        return TwoPhaseStep(self.base, self.stash)
+        return TwoPhaseStep(self.base, self.stash, self.backend)
 
     def _settings(self) -> Settings:
         # Made anew for each step: the attributes are the user's to change between two.

@@ -14,7 +14,7 @@ BACKEND_VARIABLE = "BLUR_OPTIM_BACKEND"
 
 
 class Backend(Protocol):
-    """Two operations on equally long lists of real, strided tensors that live on one device.
+    """Operations on equally long lists of real, strided tensors that live on one device.
 
     ``forget[i]`` and ``retain[i]`` have the same shape and dtype. Either may be *absent*, written as a tensor of 0
     elements beside one that has some, and then counts as zeros. ``rows[i]`` names the row of the result or of the
@@ -54,6 +54,18 @@ class Backend(Protocol):
         Args:
             coefficients: ``[num_rows, 2]`` float64 on the tensors' device: (a, b) of each row. They are applied in
                 float32, in float64 to float64 tensors, and the result is rounded once to the tensors' dtype.
+        """
+
+    def multi_tensor_compress_(
+        self, values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> None:
+        """Compress gradients: read each once, write the result.
+
+        Args:
+            values: int8 or bfloat16, of the shapes and strides of ``grads``, which are dense. bfloat16 is rounded to
+                the nearest, ties to even.
+            scales: of the int8 ones, as :mod:`blur_optim.kernels.blocks` says; empty where all are bfloat16. The
+                integers and scales have the same bits in every backend.
         """
 
 

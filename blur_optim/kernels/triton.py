@@ -89,6 +89,12 @@ def multi_tensor_blend_(
     _run_plan(_kernels().blend_kernel, plan, coefficients.contiguous())
 
 
+def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    from blur_optim.kernels import foreach
+
+    foreach.multi_tensor_compress_(values, scales, grads)
+
+
 def fused_adamw_(
     params: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],

@@ -44,7 +44,9 @@ class TestArchitectures:
 
     def test_several_and_the_default(self, run_setup, monkeypatch):
         several = ["80,sm_80", "90,sm_90", "90,compute_90"]
-        assert self.targets(run_setup, monkeypatch, "80;90") == self.targets(run_setup, monkeypatch, "80, 90") == several
+        assert (
+            self.targets(run_setup, monkeypatch, "80;90") == self.targets(run_setup, monkeypatch, "80, 90") == several
+        )
         assert len(self.targets(run_setup, monkeypatch, "")) > 2
 
     @pytest.mark.parametrize("value", ["hopper", "90 12345"])
