@@ -2,8 +2,8 @@
 
 BLUR_OPTIM_BUILD=0 never compiles, BLUR_OPTIM_BUILD=1 fails where it cannot; by default a missing compiler or torch is
 one line of output and the package works on its pure PyTorch backend. BLUR_OPTIM_CUDA says the same of its CUDA half,
-which by default is compiled where nvcc is found and torch has CUDA. BLUR_OPTIM_CUDA_ARCHITECTURES names the devices that
-it is compiled for, such as 90 or "80 90": one takes a third of the time of all.
+which by default is compiled where nvcc is found and torch has CUDA. BLUR_OPTIM_CUDA_ARCHITECTURES names the devices
+that it is compiled for, such as 90 or "80 90": one takes a third of the time of all.
 """
 
 import copy
@@ -20,8 +20,8 @@ from setuptools.command.build_ext import build_ext
 OLDEST_SETUPTOOLS = 77  # pyproject.toml says so too, but without isolation pip does not look there.
 if int(__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
     raise SystemExit(
-        f"blur_optim: setuptools must be {OLDEST_SETUPTOOLS} or newer, got {__version__}. `pip install -U setuptools`, or "
-        "build with isolation, which is pip's default."
+        f"blur_optim: setuptools must be {OLDEST_SETUPTOOLS} or newer, got {__version__}. `pip install -U setuptools`, "
+        "or build with isolation, which is pip's default."
     )
 
 # The name of this file is relative to the working directory where older backends run it.
@@ -77,8 +77,8 @@ def cuda_targets() -> list[str]:
     unknown = [name for name in names if f"compute_{name}" not in known]
     if (asked and unknown) or len(unknown) == len(names):
         raise RuntimeError(
-            f"BLUR_OPTIM_CUDA_ARCHITECTURES must be compute capabilities that this nvcc knows, such as 90 or '80 90', got "
-            f"{asked or CUDA_ARCHITECTURES!r}. It knows {', '.join(known)}"
+            "BLUR_OPTIM_CUDA_ARCHITECTURES must be compute capabilities that this nvcc knows, such as 90 or '80 90', "
+            f"got {asked or CUDA_ARCHITECTURES!r}. It knows {', '.join(known)}"
         )
     targets = [f"arch=compute_{name},code=sm_{name}" for name in names if name not in unknown]
     return [*targets, targets[-1].replace("sm_", "compute_")]

@@ -4,205 +4,42 @@ python benchmarks/kernel_bench.py --device cpu --threads 1 --csv kernels.csv --p
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import cast
 
 import torch
-from baselines import original_combine, original_dots, original_update, plain_blend_, plain_dots, torch_dots
 from harness import Candidate, Clock, Result, compare, header, show, write_csv
+from kernel_metric_operations import METRIC_OPERATIONS
+from kernel_operations import DTYPES, OPERATIONS, Problem
 from rich.console import Console
-from torch import Tensor
 
-from blur_optim.kernels import BACKENDS, Backend, FusedBackend, reference, select_backend
-from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize, quantize
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GAMMA = 1.0
-HYPERPARAMETERS = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+from blur_optim.kernels import BACKENDS, select_backend
 
 
-class Problem:
-    """float32 parameters with AdamW state, and two gradient sets of ``dtype``, one compressed as ``stash`` says."""
-
-    def __init__(
-        self, tensors: int, elements: int, dtype: torch.dtype, device: torch.device, stash: str | None = None
-    ) -> None:
-        def fresh() -> list[Tensor]:
-            return [torch.randn(elements, device=device) for _ in range(tensors)]
-
-        self.count, self.numel, self.dtype, self.device = tensors, tensors * elements, dtype, device
-        self.params = [torch.nn.Parameter(t) for t in fresh()]
-        self.forget = [t.to(dtype) for t in fresh()]
-        self.retain = [t.to(dtype) for t in fresh()]
-        self.rows = [0] * tensors
-        self.scales: list[Tensor] = []
-        if stash == "int8":
-            self.forget, self.scales = map(list, zip(*map(quantize, self.forget), strict=True))
-        elif stash:
-            self.forget = [t.to(getattr(torch, stash)) for t in self.forget]
-        self.adamw = torch.optim.AdamW(self.params, lr=1e-5, fused=True)
-        self.set_grads([torch.randn_like(p) for p in self.params])
-        self.adamw.step()
-        self.steps = torch.full((tensors,), 2.0, device=device)
-        self.lr = torch.full((), 1e-5, dtype=torch.float64, device=device)
-        self.coefficients = torch.tensor([[0.3, 1.0]], dtype=torch.float64, device=device)
-
-    @property
-    def pair_bytes(self) -> int:
-        """One pass over both gradients."""
-        return sum(t.nbytes for tensors in (self.forget, self.retain, self.scales) for t in tensors)
-
-    @property
-    def grad_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def first_forget(self, n: int | None = None) -> Tensor:
-        """The beginning of the first forget gradient, in float64."""
-        values = self.forget[0][:n]
-        if not self.scales:
-            return values.double()
-        return dequantize(values, self.scales[0][: -(-len(values) // BLOCK_SIZE)], torch.float64)
-
-    @property
-    def state_bytes(self) -> int:
-        """One pass over parameters and both moments."""
-        return 3 * 4 * self.numel
-
-    def set_grads(self, grads: Sequence[Tensor]) -> None:
-        for p, g in zip(self.params, grads, strict=True):
-            p.grad = g.to(p.dtype)
-
-    def state(self, name: str) -> list[Tensor]:
-        return [self.adamw.state[p][name] for p in self.params]
-
-    def dots(self, kernels: Backend) -> Tensor:
-        return kernels.multi_tensor_dots(self.forget, self.retain, self.rows, 1, self.scales)
-
-    def blend_(self, kernels: Backend) -> None:
-        kernels.multi_tensor_blend_(self.retain, self.forget, self.coefficients, self.rows, self.scales)
-
-    def fused_(self, kernels: Backend, coefficients: Tensor | None = None) -> None:
-        kernels.fused_adamw_(
-            [p.detach() for p in self.params],
-            self.state("exp_avg"),
-            self.state("exp_avg_sq"),
-            [],
-            self.forget,
-            self.retain,
-            self.rows,
-            self.coefficients if coefficients is None else coefficients,
-            self.steps,
-            self.lr,
-            amsgrad=False,
-            maximize=False,
-            decoupled=True,
-            found_inf=None,
-            scales=self.scales,
-            **HYPERPARAMETERS,
-        )
-
-    def whole_(self, kernels: Backend) -> None:
-        dots = self.dots(kernels)
-        xi = GAMMA - dots[:, 0] / dots[:, 1]
-        coefficients = torch.stack([xi, torch.ones_like(xi)], dim=1)
-        if hasattr(kernels, "fused_adamw_"):
-            self.fused_(kernels, coefficients)
-        else:
-            kernels.multi_tensor_blend_(self.retain, self.forget, coefficients, self.rows, self.scales)
-            self.set_grads(self.retain)
-            self.adamw.step()
-
-    def original_(self) -> None:
-        self.set_grads(original_update(self.forget, self.retain, GAMMA))
-        self.adamw.step()
+def gradients_of(dtype: str, stash: str) -> str:
+    """How tables name the dtypes."""
+    return f"{dtype} gradients" if stash == "reference" else f"{dtype} gradients, forget in {stash}"
 
 
-def dot_error(problem: Problem, run: Callable[[], Tensor]) -> float:
-    expected = problem.dots(cast(Backend, reference))[0]
-    actual = run().to(expected)[0, : len(expected)]
-    scale = torch.stack([(expected[1] * expected[2]).sqrt(), expected[1], expected[2]])
-    return float(((actual - expected).abs() / scale).max())
+def make_problem(size: str, dtype: str, stash: str, device: torch.device) -> Problem:
+    tensors, elements = (int(part) for part in size.split("x"))
+    return Problem(tensors, elements, DTYPES[dtype], device, None if stash in ("reference", dtype) else stash)
 
 
-def blend_error(problem: Problem, run: Callable[[], None]) -> float:
-    """Relative to |a f| + |b r|, over the first tensor; the gradients are put back."""
-    a, b = problem.coefficients[0]
-    kept = [r.clone() for r in problem.retain]
-    run()
-    terms = a * problem.first_forget(), b * kept[0].double()
-    error = ((problem.retain[0].double() - sum(terms)).abs() / (terms[0].abs() + terms[1].abs())).max()
-    for r, k in zip(problem.retain, kept, strict=True):
-        r.copy_(k)
-    return float(error)
-
-
-def adamw_error(problem: Problem, kernels: FusedBackend) -> float:
-    """Of one parameter tensor after a step, against AdamW in float64, relative to the step's largest element."""
-    n = min(problem.forget[0].numel(), 10_000)
-    a, b = problem.coefficients[0]
-    p, m, v = (
-        t[0].detach()[:n].clone() for t in (problem.params, problem.state("exp_avg"), problem.state("exp_avg_sq"))
-    )
-    f, r = problem.forget[0][:n], problem.retain[0][:n]
-    exact = torch.nn.Parameter(p.double())
-    optimizer = torch.optim.AdamW([exact], lr=float(problem.lr), weight_decay=HYPERPARAMETERS["weight_decay"])
-    step = torch.tensor(float(problem.steps[0]) - 1)
-    optimizer.state[exact] = {"step": step, "exp_avg": m.double(), "exp_avg_sq": v.double()}
-    exact.grad = a * problem.first_forget(n) + b * r.double()
-    optimizer.step()
-    before = p.double()
-    lists = [[t] for t in (p, m, v)]
-    steps, options = problem.steps[:1], {**HYPERPARAMETERS, "amsgrad": False, "maximize": False, "decoupled": True}
-    scales = [problem.scales[0][: -(-n // BLOCK_SIZE)]] if problem.scales else []
-    gradients = [f], [r], [0], problem.coefficients
-    kernels.fused_adamw_(*lists, [], *gradients, steps, problem.lr, **options, found_inf=None, scales=scales)
-    return float((p.double() - exact.detach()).abs().max() / (exact.detach() - before).abs().max())
-
-
-def operations(problem: Problem, names: Sequence[str], compiled: bool) -> dict[str, list[Candidate]]:
-    """Every candidate, checked against the reference; those that are wrong raise here, before anything is timed."""
-    g, s, pair = problem.grad_bytes, problem.state_bytes, problem.pair_bytes
-    plain = problem.forget[0].dtype == problem.dtype
+def measure(
+    problem: Problem, names: Sequence[str], compiled: bool, clock: Clock, rounds: int, gradients: str, size: str
+) -> Iterator[list[Result]]:
+    """Check and time every operation that there is a candidate for; the results of one at a time."""
     backends = {name: select_backend(name, problem.device) for name in names}
-    dots = [Candidate(name, lambda k=k: problem.dots(k), pair) for name, k in backends.items()]
-    if plain:
-        dots.append(Candidate("torch.dot x 3", lambda: torch_dots(problem.forget, problem.retain), 2 * g))
-    if plain and compiled:
-        run = torch.compile(plain_dots)
-        dots.append(Candidate("torch.compile", lambda: run(problem.forget, problem.retain), 2 * g))
-    for candidate in dots:
-        candidate.error = dot_error(problem, candidate.run)
-        if candidate.name in backends and candidate.error > 1e-6:
-            raise AssertionError(f"dots of {candidate.name} are wrong: error {candidate.error}")
-    if plain:
-        dots.append(Candidate("original code", lambda: original_dots(problem.forget, problem.retain), 2 * g))
-
-    blend = [Candidate(name, lambda k=k: problem.blend_(k), pair + g) for name, k in backends.items()]
-    if plain and compiled:
-        run_blend = torch.compile(plain_blend_)
-        blend.append(
-            Candidate("torch.compile", lambda: run_blend(problem.retain, problem.forget, problem.coefficients), 3 * g)
-        )
-    for candidate in blend:
-        candidate.error = blend_error(problem, candidate.run)
-        if candidate.error > 2 * torch.finfo(problem.dtype).eps:
-            raise AssertionError(f"blend of {candidate.name} is wrong: error {candidate.error}")
-    if plain:
-        blend.append(Candidate("original code", lambda: original_combine(problem.forget, problem.retain, 0.3), 3 * g))
-
-    fused = {name: k for name, k in backends.items() if hasattr(k, "fused_adamw_")}
-    adamw = [Candidate(name, lambda k=k: problem.fused_(k), pair + 2 * s) for name, k in fused.items()]
-    for candidate in adamw:
-        candidate.error = adamw_error(problem, fused[candidate.name])
-        # Beside float32 parameters of size 4 a step of 1e-5 is rounded to a few hundredths of itself.
-        if candidate.error > 5e-2:
-            raise AssertionError(f"AdamW of {candidate.name} is wrong: error {candidate.error}")
-    whole = [Candidate(name, lambda k=k: problem.whole_(k), 2 * pair + 2 * s) for name, k in backends.items()]
-    if plain:
-        whole.append(Candidate("original code", problem.original_))
-    return {"dots": dots, "blend": blend, "AdamW on two gradients": adamw, "whole update": whole}
+    baseline = Candidate("baseline: AdamW(fused=True)", problem.adamw.step, 28 * problem.numel)
+    source, target = torch.randn(2, problem.numel // 2, device=problem.device)
+    copy = Candidate("copy", lambda: target.copy_(source), 8 * source.numel())
+    read = Candidate("read", source.sum, 4 * source.numel())
+    for operation, candidates_of in (OPERATIONS | METRIC_OPERATIONS).items():
+        if candidates := candidates_of(problem, backends, compiled):
+            labels = {"dtype": gradients, "size": size}
+            yield compare(operation, candidates, baseline, copy, clock, rounds, read, **labels)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
@@ -212,22 +49,12 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
     clock = Clock(device)
     console.print(header(device, clock), highlight=False)
     results: list[Result] = []
-    for size in arguments.sizes:
-        tensors, elements = (int(part) for part in size.split("x"))
-        for name, stash in product(arguments.dtype, arguments.stash):
-            problem = Problem(tensors, elements, DTYPES[name], device, None if stash in ("reference", name) else stash)
-            gradients = f"{name} gradients" if stash == "reference" else f"{name} gradients, forget in {stash}"
-            baseline = Candidate("baseline: AdamW(fused=True)", problem.adamw.step, 28 * problem.numel)
-            source, target = torch.randn(2, problem.numel // 2, device=device)
-            copy = Candidate("copy", lambda s=source, t=target: t.copy_(s), 8 * source.numel())
-            for operation, candidates in operations(problem, arguments.backends, arguments.compile).items():
-                if not candidates:
-                    continue
-                found = compare(
-                    operation, candidates, baseline, copy, clock, arguments.rounds, dtype=gradients, size=size
-                )
-                show(f"{operation}, {gradients}, {size}", found, console)
-                results += found
+    for size, dtype, stash in product(arguments.sizes, arguments.dtype, arguments.stash):
+        problem, gradients = make_problem(size, dtype, stash, device), gradients_of(dtype, stash)
+        options = arguments.backends, arguments.compile, clock, arguments.rounds, gradients, size
+        for found in measure(problem, *options):
+            show(f"{found[0].operation}, {gradients}, {size}", found, console)
+            results += found
     return results
 
 
@@ -242,7 +69,7 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
         len(groups), 1, figsize=(8, 1.6 * len(groups) + 0.6), layout="constrained", squeeze=False
     )
     for ax, group in zip(axes[:, 0], groups, strict=True):
-        rows = [r for r in results if (r.operation, r.dtype, r.size) == group and r.candidate != "copy"]
+        rows = [r for r in results if (r.operation, r.dtype, r.size) == group and r.candidate not in ("copy", "read")]
         bars = ax.barh([r.candidate for r in rows], [r.ratio for r in rows], color="#4477aa")
         ax.bar_label(bars, [f"{r.ratio:.2f}" for r in rows], padding=3, fontsize=8)
         ax.axvline(1, color="black", linewidth=0.8)

@@ -1,7 +1,8 @@
 """The ways to take an unlearning step that memory_bench compares: model, losses, methods, and the limits to meet."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -60,6 +61,7 @@ class Model:
 MODELS = {
     "llama-134m": Model(768, 12, 2048, 32000, 12, 12, tied=False, batch=1, length=32),
     "smollm-135m": Model(576, 30, 1536, 49152, 9, 3, tied=True, batch=1, length=32),
+    "llama-7b": Model(4096, 32, 11008, 32000, 32, 32, tied=False, batch=1, length=2048),
     "tiny": Model(256, 2, 512, 2048, 4, 2, tied=False, batch=1, length=16),
 }
 DEFAULT_MODEL = "llama-134m"
@@ -84,6 +86,16 @@ def settings_of(model: str, batch: int | None = None, length: int | None = None,
     return Settings(model, batch or own.batch, length or own.length, **options)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Problem:
     """The model, a batch to forget, a batch to retain, and the one AdamW whose state all methods share."""
 
@@ -91,7 +103,9 @@ class Problem:
         torch.manual_seed(0)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.model = MODELS[settings.model].build().to(settings.device, getattr(torch, settings.dtype)).train()
+        # Where it is to be, in the dtype that it is to have: 7B in float32 on the host would take minutes.
+        with torch.device(settings.device), default_dtype(getattr(torch, settings.dtype)):
+            self.model = MODELS[settings.model].build().train()
         if settings.checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # The new name is not there in every transformers 5.

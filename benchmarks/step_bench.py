@@ -34,10 +34,17 @@ def llama(hidden: int, layers: int, intermediate: int, vocabulary: int, kv: int,
     return [(vocabulary, hidden), *(layer * layers), (hidden,), *([] if tied else [(vocabulary, hidden)])]
 
 
+def lora(hidden: int, layers: int, intermediate: int, kv: int, rank: int) -> list[tuple[int, ...]]:
+    """The adapters of PEFT's LoRA on all linear layers of a Llama."""
+    linear = llama(hidden, 1, intermediate, 0, kv, tied=True)[1:8]
+    return [shape for out, inner in linear * layers for shape in ((rank, inner), (out, rank))]
+
+
 MODELS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
     "smollm-135m": lambda: llama(576, 30, 1536, 49152, 192, tied=True),
     "llama-1b": lambda: llama(2048, 16, 8192, 128256, 512, tied=True),
     "llama-7b": lambda: llama(4096, 32, 11008, 32000, 4096, tied=False),
+    "lora-7b": lambda: lora(4096, 32, 11008, 4096, rank=16),
     "tiny": lambda: [(1000,)] * 3000,
 }
 
@@ -140,7 +147,9 @@ def candidates(
         return lambda: opt.step(lambda: assign(forget), lambda: assign(retain))
 
     def blur(**options: object) -> BLUR:
-        return BLUR(params, torch.optim.AdamW, lr=1e-5, fused=True, **options)
+        opt = BLUR(params, torch.optim.AdamW, lr=1e-5, fused=True, **options)
+        opt.state = adamw.state  # One for all, or large models would not fit.
+        return opt
 
     found = [Candidate(f"BLUR, rule={rule!r}", step_of(blur(rule=rule))) for rule in rules]
     found.append(Candidate("BLUR, scope='parameter'", step_of(blur(scope="parameter"))))

@@ -27,6 +27,7 @@ FIELDS = (
     "steps",
     "batch_size",
     "accumulation",
+    "lora_rank",
     "device",
     "dtype",
     "retain_data",
@@ -46,7 +47,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--form",
         choices=FORMS,
         default="short",
-        help="minutes, hours, or what needs a GPU (default: short)",
+        help="minutes; hours; who wins on held-out authors; or what needs more (default: short)",
     )
     add("--data", metavar="PATH", help="folder or hub name with the data of the track; default: what its preset says")
     add(
@@ -59,7 +60,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--retain-data", metavar="PATH", help="wmdp: what is rehearsed, where --data does not hold it")
     add("--questions", metavar="PATH", help="wmdp: hazard questions, likewise")
     add("--utility-questions", metavar="PATH", help="wmdp: the others, likewise")
-    add("--subset", help="what is forgotten, such as forget01, forget05, forget10")
+    add("--subset", help="what is forgotten, such as forget01, forget05, forget10, coupled01")
     add("--model", help="a size (0.8m, 1m, 3m, 10m), trained from nothing; or a folder or a name of the hub")
     add("--retrained", metavar="MODEL", help="with --form paper: the model that never saw what is forgotten")
     add("--gguf-file", metavar="FILE", help="the file in the --model folder, where that is how it comes")
@@ -69,6 +70,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="of unlearning")
     add("--batch-size", type=int, metavar="N", help="rows of each of the two losses in a micro-batch")
     add("--accumulation", type=int, metavar="N", help="micro-batches in a step")
+    add("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank in place of the model's weights")
     add("--device", help="default: what the preset says")
     add("--dtype", choices=("float32", "bfloat16"), help="default: what the preset says")
     add("--processes", type=int, default=2, metavar="N", help="side by side, one thread each (default: 2)")

@@ -1,7 +1,7 @@
 """BLUR: the torch.optim-style wrapper. What happens inside a step is the matter of :mod:`blur_optim.step`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from blur_optim.kernels import select_backend
 from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
+from blur_optim.step.dynamo import OutsideGraphs, outside
+from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults
+from blur_optim.step.metric_step import MetricStep
+from blur_optim.step.phases import Phase
 from blur_optim.step.plan import check_weight
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
@@ -52,9 +56,12 @@ class BLUR(OptimizerWrapper):
         backend: kernels to use, see :mod:`blur_optim.kernels.select`; None takes the default.
         **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ... Where ``base`` has an argument of a name
             above (``max_grad_norm``, ``normalize``), bind it: ``base=functools.partial(Base, max_grad_norm=1.0)``.
+            Where it has a hyperparameter ``gamma`` or ``retain_weight``, as MARS, the param groups hold the base's
+            under that name, and BLUR's as ``blur_gamma`` or ``blur_retain_weight``. Several optimizers over parts of
+            one model are a base as :class:`blur_optim.ChainedOptimizer`.
 
     Raises:
-        TypeError: ``base`` is not an optimizer, or needs a closure of its own.
+        TypeError: ``base`` is not an optimizer, needs a closure of its own, or takes gradients in hooks in backward.
         ValueError: a value is out of range, or ``params`` are copies that FSDP2 has gathered for a forward pass.
     """
 
@@ -74,18 +81,22 @@ class BLUR(OptimizerWrapper):
         max_grad_norm: float | None = None,
         stash: str = "reference",
         backend: str | None = None,
+        metric: str = "euclidean",
+        damping: float = 0.01,
         **base_kwargs: Any,
     ) -> None:
         check_weight("gamma", gamma)
         check_weight("retain_weight", retain_weight)
         self.rule, self.normalize, self.scope = rule, normalize, scope
         self.max_grad_norm, self.backend = max_grad_norm, backend
+        self.metric, self.damping = metric, damping
         self._settings()  # For its checks.
         check_choice("stash", stash, STASHES)
-        self.stash = stash
+        self._stash = stash
         made = make_base(params, base, base_kwargs)
         check_base(made)
-        super().__init__(made, {"gamma": gamma, "retain_weight": retain_weight})
+        own = _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
+        super().__init__(made, {**own, **(metric_defaults(made) if metric == "retain" else {})})
         self._two_phase = self._make_two_phase()
         params = self._two_phase.plan.params
         if is_gathered(params):
@@ -96,6 +107,7 @@ class BLUR(OptimizerWrapper):
         for device in {p.device for p in params}:
             select_backend(backend, device)
 
+    @outside
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, forget: Closure | None = None, retain: Closure | None = None, *, closure: None = None
@@ -129,8 +141,8 @@ class BLUR(OptimizerWrapper):
             return None
         return self._two_phase.step(forget, retain, self._settings(), self.amp_attributes())
 
-    @contextmanager
-    def forget(self) -> Iterator[None]:
+    @outside
+    def forget(self) -> AbstractContextManager[None]:
         """Open the forget phase: every backward pass of the forget loss belongs in this context.
 
         Raises:
@@ -142,11 +154,10 @@ class BLUR(OptimizerWrapper):
                 "`stash` must not be 'recompute' with phases, which cannot be run a second time. Use "
                 "opt.step(forget, retain), or stash='int8'."
             )
-        with self._two_phase.forget_phase():
-            yield
+        return OutsideGraphs(self._two_phase.forget_phase(self._settings()))
 
-    @contextmanager
-    def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> Iterator[None]:
+    @outside
+    def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> AbstractContextManager[None]:
         """Open the retain phase: every backward pass of the retain loss belongs in this context.
 
         On exit ``p.grad`` holds the update; ``step()`` and ``zero_grad()`` follow.
@@ -159,13 +170,16 @@ class BLUR(OptimizerWrapper):
         Raises:
             RuntimeError: no forget phase precedes, or gradients appeared since it ended.
         """
-        inside = self._two_phase
-        with inside.abandoning_on_error():
-            inside.begin_retain()
-            yield
-            inside.end_retain()
-            with torch.no_grad():
-                inside.write_update(self._settings(), grad_scale)
+        return OutsideGraphs(self._two_phase.retain_phase(self._settings, grad_scale))
+
+    @property
+    def stash(self) -> str:
+        """Where the forget gradients wait; may be set between two steps."""
+        return self._stash
+
+    @stash.setter
+    def stash(self, value: str) -> None:
+        self.configure(stash=value)
 
     @property
     def statistics(self) -> StepStatistics | None:
@@ -174,7 +188,46 @@ class BLUR(OptimizerWrapper):
         if p is None:
             return None
         skipped = self._two_phase.skipped.clone()  # Which counts on.
-        return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots)
+        in_metric = p.in_metric, p.parameters_in_metric
+        return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots, *in_metric)
+
+    def configure(self, **options: Any) -> None:
+        """Change arguments of the constructor between two steps, all or none. An update not stepped on is dropped.
+
+        Args:
+            **options: ``rule``, ``normalize``, ``scope``, ``max_grad_norm``, ``stash``, ``backend``, ``damping``.
+                ``gamma`` and ``retain_weight`` are changed in the param groups; ``metric`` stays, for the state is made
+                for it.
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: a value is out of range.
+            RuntimeError: a step is under way.
+        """
+        names = ("rule", "normalize", "scope", "max_grad_norm", "stash", "backend", "damping")
+        if unknown := sorted(options.keys() - set(names)):
+            raise TypeError(f"`configure` takes {', '.join(names)}, got {unknown}.")
+        inside = self._two_phase
+        if inside.phases.current not in (Phase.IDLE, Phase.PROJECTED):
+            raise RuntimeError(f"{sorted(options)} must be set between two steps, now {inside.phases.current.value}.")
+        attributes = {"_stash" if name == "stash" else name: value for name, value in options.items()}
+        before = {name: getattr(self, name) for name in attributes}
+        self.__dict__.update(attributes)
+        try:
+            self._settings()
+            check_choice("stash", self._stash, STASHES)
+            if self.metric == "retain":
+                check_metric_stash(self._stash)
+            for device in {p.device for p in inside.params()}:
+                select_backend(self.backend, device)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        self._renew(inside.skipped)
+
+    def params_by_group(self) -> list[list[Tensor]]:
+        """The parameters whose gradients are combined, by param group; the same that ``statistics.params`` are of."""
+        return [list(group["params"]) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. Outside a phase this also discards forget gradients that wait for their retain phase."""
@@ -183,7 +236,20 @@ class BLUR(OptimizerWrapper):
 
     def check_own(self, name: str, value: Any) -> None:
         """Refuse a ``gamma`` or ``retain_weight`` that is no finite number >= 0."""
-        check_weight(name, value)
+        if name == BETA:
+            check_beta(value)
+        elif name != MEAN:
+            check_weight(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of BLUR or of the bare base, which leaves ``gamma`` and ``retain_weight`` as they are here.
+
+        Warns:
+            UserWarning: it comes from a run with the other metric, where ``exp_avg_sq`` meant something else. With
+                ``metric="retain"`` the first step says so.
+        """
+        super().load_state_dict(state_dict)
+        self._two_phase.loaded(state_dict["param_groups"])
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -193,11 +259,15 @@ class BLUR(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.pop("_skipped")
         super().__setstate__(state)
+        self._renew(skipped)
+
+    def _renew(self, skipped: Tensor) -> None:
         self._two_phase = self._make_two_phase()
         self._two_phase.skipped = skipped
 
     def __repr__(self) -> str:
-        return f"BLUR (rule={self.rule!r}, normalize={self.normalize}, scope={self.scope!r}) over {self.base!r}"
+        metric = "" if self.metric == "euclidean" else f", metric={self.metric!r}"
+        return f"BLUR (rule={self.rule!r}, normalize={self.normalize}, scope={self.scope!r}{metric}) over {self.base!r}"
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -207,8 +277,18 @@ class BLUR(OptimizerWrapper):
         return super()._step_supports_amp_scaling
 
     def _make_two_phase(self) -> TwoPhaseStep:
-        return TwoPhaseStep(self.base, self.stash, self.backend)
+        return (MetricStep if self.metric == "retain" else TwoPhaseStep)(self.base, self.stash, self.backend)
 
     def _settings(self) -> Settings:
         # Made anew for each step: the attributes are the user's to change between two.
-        return Settings(self.rule, self.normalize, self.scope, self.max_grad_norm, self.backend, self.record_alignment)
+        own = self.rule, self.normalize, self.scope, self.max_grad_norm, self.backend, self.record_alignment
+        return Settings(*own, self.metric, self.damping)
+
+
+def _named_apart(base: Optimizer, own: dict[str, Any]) -> dict[str, Any]:
+    """BLUR's hyperparameters under other names where ``base`` has one of the name.
+
+    A base that has all of them is one that a BLUR wraps already, and is refused.
+    """
+    clash = own.keys() & base.defaults.keys()
+    return own if clash == own.keys() else {f"blur_{n}" if n in clash else n: value for n, value in own.items()}

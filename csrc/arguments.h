@@ -73,6 +73,33 @@ inline std::vector<Pair> make_pairs(const Tensors& forget, const Tensors& retain
   return pairs;
 }
 
+// What the compress operation takes, as pairs: `forget` what is written, `retain` the gradient.
+inline std::vector<Pair> make_compressed(const Tensors& values, const Tensors& scales, const Tensors& grads) {
+  STD_TORCH_CHECK(values.size() == grads.size(), "`values` must have ", grads.size(), " tensors like `grads`, got ",
+                  values.size(), ".");
+  std::vector<Pair> pairs;
+  pairs.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor &v = values[i], &g = grads[i];
+    const int64_t n = g.numel();
+    const Dtype from = dtype_of(g, "grads", i);
+    const bool quantized = v.scalar_type() == ScalarType::Char;
+    STD_TORCH_CHECK(quantized || (v.scalar_type() == ScalarType::BFloat16 && element_size(from) > 2), "`values[", i,
+                    "]` must be int8, or bfloat16 for a gradient of more bytes.");
+    STD_TORCH_CHECK(v.numel() == n, "`values[", i, "]` must have as many elements as `grads[", i, "]`, ", n, ", got ",
+                    v.numel(), ".");
+    const int64_t blocks = (n + kBlockSize - 1) / kBlockSize;
+    STD_TORCH_CHECK(!quantized || (i < scales.size() && scales[i].scalar_type() == ScalarType::Float &&
+                                   scales[i].numel() == blocks && scales[i].is_contiguous()),
+                    "`scales[", i, "]` must be a contiguous float32 tensor of ", blocks, " elements, one for each block of ",
+                    kBlockSize, " of `grads[", i, "]`.");
+    pairs.push_back({n ? v.mutable_data_ptr() : nullptr, n ? g.mutable_data_ptr() : nullptr, n, from, 0,
+                     quantized ? Dtype::Int8 : Dtype::BFloat16,
+                     quantized ? static_cast<const float*>(scales[i].mutable_data_ptr()) : nullptr});
+  }
+  return pairs;
+}
+
 inline const double* coefficients_pointer(const Tensor& t) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 && t.size(1) == 2,
                   "`coefficients` must be a contiguous float64 tensor of shape [rows, 2].");
@@ -99,18 +126,35 @@ inline void check_like(const Tensors& tensors, const std::vector<Pair>& pairs, c
                     " elements like its gradient, got ", tensors[i].numel(), ".");
 }
 
-// The parameters' dtype, checked against the gradients' and the state's.
-inline Dtype param_dtype(const Tensor& param, Dtype grad, size_t i) {
-  const Dtype dtype = dtype_of(param, "params", i);
-  STD_TORCH_CHECK(dtype == grad || (dtype == Dtype::Float32 && element_size(grad) == 2), "`params[", i,
+// The dtype of a parameter, or of its state, checked against the gradients'.
+inline Dtype param_dtype(const Tensor& param, Dtype grad, size_t i, const char* name = "params") {
+  const Dtype dtype = dtype_of(param, name, i);
+  STD_TORCH_CHECK(dtype == grad || (dtype == Dtype::Float32 && element_size(grad) == 2), "`", name, "[", i,
                   "]` must have its gradients' dtype, or be float32 beside 16-bit gradients.");
   return dtype;
 }
 
-inline void check_state(const Tensors& state, const Tensors& params, const char* name) {
+inline std::vector<Dtype> param_dtypes(const Tensors& params, const std::vector<Pair>& pairs, const char* name = "params") {
+  std::vector<Dtype> dtypes;
+  dtypes.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) dtypes.push_back(param_dtype(params[i], pairs[i].dtype, i, name));
+  return dtypes;
+}
+
+inline void check_state(const Tensors& state, const Tensors& params, const char* name, const char* like = "params") {
   for (size_t i = 0; i < state.size() && i < params.size(); ++i)
     STD_TORCH_CHECK(state[i].scalar_type() == params[i].scalar_type(), "`", name, "[", i,
-                    "]` must have the dtype of `params[", i, "]`.");
+                    "]` must have the dtype of `", like, "[", i, "]`.");
+}
+
+// One row for each pair; see Metric.
+inline const double* metric_pointer(const Tensor& metric, const std::vector<Pair>& pairs, const Tensor& like) {
+  STD_TORCH_CHECK(metric.scalar_type() == ScalarType::Double && metric.is_contiguous() && metric.dim() == 2 &&
+                      metric.size(0) == int64_t(pairs.size()) && metric.size(1) == kMetricNumbers &&
+                      metric.device() == like.device(),
+                  "`metric` must be a contiguous float64 tensor of shape [", pairs.size(), ", ", kMetricNumbers,
+                  "] on the device of the other tensors.");
+  return static_cast<const double*>(metric.mutable_data_ptr());
 }
 
 inline std::vector<void*> pointers(const Tensors& tensors) {

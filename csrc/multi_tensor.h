@@ -33,6 +33,18 @@ struct Chunk {
   int64_t numel;
 };
 
+// The metric of the retain loss at one tensor: P = 1 / (sqrt(s * inverse_correction + damping) + eps), where s is the second
+// moment of the retain gradient r that this step makes, v <- beta2 v + rest2 r^2, or with amsgrad the largest one seen.
+// The rows of the operators' `metric` tensor have these numbers in this order.
+struct Metric {
+  double beta2, rest2, inverse_correction, damping, eps;
+};
+constexpr int kMetricNumbers = 5;
+
+// What the dots in the metric are, in this order: <r, f>, |f|^2, |r|^2, <r, P f>, <f, P f>, <r, P r>, |P f|^2, the sum of
+// (P f)^4, and the sum of s * inverse_correction.
+constexpr int kMetricDots = 9;
+
 struct AdamOptions {
   double lr, beta1, beta2, weight_decay, eps;
   bool amsgrad, maximize, decoupled;

@@ -17,7 +17,7 @@ API = ROOT / "docs" / "api.md"
 
 # Title, sentence below it, and module: names. "*": its docstring and every public name.
 SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("The optimizer", "`from blur_optim import BLUR`", {"optimizer": "BLUR"}),
+    ("The optimizer", "`from blur_optim import BLUR`", {"optimizer": "BLUR", "chained": "*"}),
     (
         "A wrapper of your own",
         "What BLUR owes to torch as an optimizer around another, without BLUR.",
@@ -42,7 +42,8 @@ SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "losses.text": "*",
             "losses.rmu": "*",
             "losses.stored_log_probs": "*",
-            "losses.reference": "reference_logits reference_log_probs stored_reference_log_probs",
+            "losses.reference": "reference_logits reference_log_probs stored_reference_log_probs adapter_changes",
+            "losses.forward": "run_model model_logits",
         },
     ),
     (
@@ -55,7 +56,8 @@ SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "transformers",
         "",
         {
-            "integrations.transformers": "BLURTrainingArguments BLURTrainer",
+            "integrations.arguments": "BLURTrainingArguments",
+            "integrations.transformers": "BLURTrainer",
             "integrations.trainer_step": "BLURStepMixin",
             "integrations.record": "*",
         },

@@ -24,8 +24,10 @@ if __name__ == "__main__":  # Before the slow imports: Ctrl-C, --help, wrong opt
 import argparse
 import json
 import sys
+from datetime import date
 from typing import Any
 
+from accelerate.utils import gather_object
 from rich.console import Console
 from shared_lib.console import make_console, make_progress
 from shared_lib.errors import InputError
@@ -37,7 +39,7 @@ from unlearn_lib.evaluation import Scores, score_sets
 from unlearn_lib.models import add_adapter, finish, load_config, load_model, load_tokenizer, write
 from unlearn_lib.options import as_settings, parse_options
 from unlearn_lib.report import command, make_results, make_table
-from unlearn_lib.run_folder import RunFolder, write_json
+from unlearn_lib.run_folder import RunFolder, first_day, write_json
 from unlearn_lib.sources import check_files
 from unlearn_lib.tokens import Encoder
 from unlearn_lib.training import (
@@ -111,9 +113,11 @@ def prepare(options: argparse.Namespace, args: BLURTrainingArguments, folder: Ru
     """Claim the folder; tell whether there is anything left to do.
 
     Raises:
-        InputError: it holds another run.
+        InputError: it holds another run, or not all processes have read the same.
     """
     folder.check(options.overwrite)
+    if any(facts["data"] != folder.facts["data"] for facts in gather_object([folder.facts])):
+        raise InputError("--forget, --retain and --eval must hold the same rows for all processes, and do not.")
     is_finished = folder.is_finished and not options.overwrite
     args.distributed_state.wait_for_everyone()
     if args.process_index == 0 and not (is_finished or options.dry_run):
@@ -155,10 +159,10 @@ def main() -> None:
     quiet_transformers()
     console = make_console()
     console.quiet = processes.rank() > 0
-    load_config(options)
-    tokenizer = load_tokenizer(options)
-    data = read_data(options, Encoder(tokenizer, options.max_length, options.plain_questions))
-    facts = {"settings": as_settings(options), "data": data.facts, "processes": processes.count()}
+    config, tokenizer = load_config(options), load_tokenizer(options)
+    day = date.today() if options.overwrite else first_day(options.out)
+    data = read_data(options, Encoder(tokenizer, options.max_length, options.plain_questions, config, day))
+    facts = {"settings": as_settings(options), "data": data.facts, "processes": processes.count(), "day": str(day)}
     folder = RunFolder(options.out, facts)
     args = make_arguments(options, folder.training)
     tell_data(console, data)

@@ -28,7 +28,15 @@ import torch
 from rich.console import Console
 from shared_lib.console import make_console, make_progress
 from shared_lib.errors import InputError, run
-from shared_lib.models import Model, Tokenizer, check_device, load_model, load_tokenizer, quiet_transformers
+from shared_lib.models import (
+    Model,
+    Tokenizer,
+    check_device,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
 from torch import Tensor, nn
 from wmdp_rmu_lib.corpora import Batch, Corpus, alternating, endless_batches, read_corpus
 from wmdp_rmu_lib.harness import Harness
@@ -164,6 +172,13 @@ def read_corpora(tokenizer: Tokenizer, options: argparse.Namespace) -> tuple[lis
     return forget, read("--retain", options.retain, length=options.retain_length)
 
 
+def check_tokens(model: Model, tokenizer: Tokenizer, corpora: Iterable[Corpus]) -> None:
+    """See that the model knows every token of the corpora."""
+    for corpus in corpora:
+        ids = (token for passages in (corpus.train, corpus.held_out) for ids in passages for token in ids)
+        check_vocabulary(f"--model: {corpus.name}", ids, tokenizer, model.config)
+
+
 def check_lengths(model: Model, options: argparse.Namespace) -> None:
     """See that the model can read passages of the lengths asked for."""
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
@@ -230,6 +245,7 @@ def main() -> None:
     model = loaded(partial(load_model, options.model, device, options.gguf_file, dtype), options).eval()
     check_layers("--layer", [options.layer], len(decoder_layers(model)))
     check_lengths(model, options)
+    check_tokens(model, tokenizer, [*forget, retain])
     trained = choose_trained(model, options.layers, options.param_pattern)
     titles = [f"forget {corpus.name}" for corpus in forget]
     corpora = dict(zip([*titles, f"retain {retain.name}"], [*forget, retain], strict=True))

@@ -17,7 +17,7 @@ from .settings import Settings
 FORMAT = 1
 TUNE, SWEEP = "tune", "sweep"
 # What may differ between two runs into the same folder: which jobs there are, not what a job does.
-CHOICES = ("methods", "lrs", "tuning_weights", "weights", "tuning_seed", "seeds", "threads")
+CHOICES = ("methods", "lrs", "tuning_weights", "weights", "tuned_at", "tuning_seed", "seeds", "judged_seeds", "threads")
 
 
 @dataclass(frozen=True)

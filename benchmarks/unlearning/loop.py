@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .tracks.task import Task
 KINDS = ("forget", "retain", "untouched")
 WARM_UP = 0.1  # of the steps
 RELEARNING_LR = 3e-4
+GROUP = 32  # weights of a row that share a scale when they are rounded
+NOTHING_LOST = 0.99  # of the probability of retain and untouched rows
 
 Look = dict[str, Any]
 
@@ -38,24 +40,31 @@ class Unlearning:
     """
 
     def __init__(self, job: Job, before: Before, task: Task, settings: Settings) -> None:
-        self.job, self.task, self.settings = job, task, settings
+        self.job, self.before, self.task, self.settings = job, before, task, settings
         self.model: Model = copy.deepcopy(before.model).train()
+        if settings.lora_rank:
+            self.model = with_adapters(self.model, settings.lora_rank)
         method = parse_method(job.method)
         self.losses = Losses(method, self.model, before, task, settings)
         trained = self.losses.parameters()
         for p in trained:  # No others: their gradients would pile up, as no optimizer clears them.
             p.requires_grad_(True)
-        self.optimizer = make_optimizer(method, trained, job.weight, job.lr)
+        self.optimizer = make_optimizer(method, trained, job.weight, job.lr, settings.steps)
         self.path: list[Look] = []
         self.steps: list[dict[str, Any]] = []
         self.diverged = False
 
     def run(self, first_look: Look | None = None) -> None:
-        """Take all steps, looking now and then; stop where a loss is not finite.
+        """Take all steps, looking now and then; stop where a loss is not finite. Adapters are merged at the end.
 
         Args:
             first_look: what a look at the target saw, which is the same for every run.
         """
+        self._take_steps(first_look)
+        if self.settings.lora_rank:
+            self.model = self.model.merge_and_unload()
+
+    def _take_steps(self, first_look: Look | None) -> None:
         settings = self.settings
         batches = self.batches()
         warm_up = max(1, round(WARM_UP * settings.steps))
@@ -97,6 +106,40 @@ class Unlearning:
         self.steps[-1] |= {name: value for name, value in seen.items() if not isinstance(value, list)}
 
 
+def with_adapters(model: Model, rank: int) -> Model:
+    """Add LoRA adapters to all linear layers (arXiv:2106.09685), with alpha twice the rank; they alone are trained."""
+    from peft import LoraConfig, get_peft_model  # Here: it takes seconds to load.
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def looks_on_the_line(run: Unlearning, first: Look) -> list[Look]:
+    r"""Look at :math:`\theta_0 + s(\theta_u - \theta_0)`, from the end of the run back to where it has lost nothing.
+
+    Whatever a run did, this is the plainest way to what keeps more; so it compares directions, not strengths.
+
+    Args:
+        first: a look at the target.
+    Returns:
+        Looks with ``share`` s = 0.9, 0.8, ... down to the first that keeps ``NOTHING_LOST`` of the target.
+    """
+    start = [p.detach() for p in run.before.model.parameters()]
+    end = [p.detach().clone() for p in run.model.parameters()]
+    looks: list[Look] = []
+    for tenths in range(9, 0, -1):
+        with torch.no_grad():
+            for p, a, b in zip(run.model.parameters(), start, end, strict=True):
+                p.copy_(torch.lerp(a, b, tenths / 10))
+        looks.append(run.look(run.settings.steps) | {"share": tenths / 10})
+        if all(looks[-1][k]["probability"] >= NOTHING_LOST * first[k]["probability"] for k in ("retain", "untouched")):
+            break
+    with torch.no_grad():
+        for p, b in zip(run.model.parameters(), end, strict=True):
+            p.copy_(b)
+    return looks
+
+
 def look_steps(settings: Settings) -> set[int]:
     """Return after which steps a look is taken; the last is one of them."""
     return {round(settings.steps * i / settings.looks) for i in range(1, settings.looks + 1)}
@@ -109,14 +152,35 @@ def look_at(model: Model, task: Task, settings: Settings, step: int = 0) -> Look
     rows = settings.batch_size * settings.accumulation * step
     look: Look = {"step": step, "epoch": rows / len(task.forget)}
     for kind in KINDS:
-        look[kind] = _probabilities(model, thin_out(getattr(task, kind), settings.look_rows))
+        look[kind] = probabilities(model, thin_out(getattr(task, kind), settings.look_rows))
     look |= task.watch(model)
     model.train(was_training)
     return look
 
 
+def look_quantized(model: Model, task: Task, settings: Settings) -> Look:
+    """Look at a copy of the model whose matrices are rounded to 4 bits: what was hidden can come back with that
+    (arXiv:2410.16454)."""
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in rounded.parameters():
+            if p.dim() == 2:
+                p.copy_(rounded_to_4_bits(p))
+    return look_at(rounded, task, settings)
+
+
+def rounded_to_4_bits(weight: Tensor) -> Tensor:
+    r"""Round to the nearest of 15 equally spaced levels, :math:`s\,\{-7, ..., 7\}` with :math:`s = \max|w|/7` of each
+    group of 32 in a row (the last may be shorter): plain round-to-nearest, as weight-only int4 formats have it."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % GROUP)).reshape(rows, -1, GROUP)
+    scale = padded.abs().amax(dim=-1, keepdim=True) / 7
+    levels = (padded / torch.where(scale > 0, scale, 1.0)).round()
+    return (levels * scale).reshape(rows, -1)[:, :columns]
+
+
 @torch.inference_mode()
-def mean_log_probs(model: Model, examples: list[Example]) -> Tensor:
+def mean_log_probs(model: Model, examples: Sequence[Example]) -> Tensor:
     """Return each answer's mean log-probability per token, ``[n]`` float32 on the CPU."""
     result = torch.empty(len(examples))
     for batch in batches_in_order(examples, batch_rows(examples), model.device):
@@ -125,7 +189,8 @@ def mean_log_probs(model: Model, examples: list[Example]) -> Tensor:
     return result
 
 
-def _probabilities(model: Model, examples: list[Example]) -> dict[str, float]:
+def probabilities(model: Model, examples: Sequence[Example]) -> dict[str, float]:
+    """Return the mean over rows of the log-probability per token, and of its exponential."""
     log_probs = mean_log_probs(model, examples)
     return {"log_prob": log_probs.mean().item(), "probability": log_probs.exp().mean().item()}
 
@@ -160,7 +225,7 @@ def relearn(model: Model, task: Task, settings: Settings, seed: int) -> list[dic
             model.eval()
             kinds = {"relearned_rows": shown, "other_forgotten_rows": hidden, "retain": retain}
             looks.append(
-                {"step": step} | {name: _probabilities(model, kind)["probability"] for name, kind in kinds.items()}
+                {"step": step} | {name: probabilities(model, kind)["probability"] for name, kind in kinds.items()}
             )
             model.train()
         batch = next(batches)

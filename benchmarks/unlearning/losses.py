@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from shared_lib.encoding import Batch, Example, batches_in_order, collate
+from shared_lib.encoding import IGNORE_INDEX, Batch, Example, batches_in_order, collate
 from shared_lib.models import Model, logits_of
 from torch import Tensor, nn
 
@@ -58,7 +58,9 @@ class Losses:
             self.steering = steering_vector(model.config.hidden_size, settings.steering, generator, device=model.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what is trained: everything, or for RMU the down-projections of its layers."""
+        """Return what is trained: everything, or the adapters, or for RMU the down-projections of its layers."""
+        if self.settings.lora_rank:
+            return [p for p in self.model.parameters() if p.requires_grad]
         if self.method.forget_loss != "rmu":
             return list(self.model.parameters())
         return [self.model.model.layers[i].mlp.down_proj.weight for i in self.settings.layers]
@@ -88,6 +90,9 @@ class Losses:
         per_token = self._log_probs(batch) / token_counts(batch["labels"])
         return torch.relu(HINGE + per_token).mean()
 
+    def _forget_margin(self, batch: Batch) -> Tensor:
+        return logit_margin_loss(logits_of(self.model, batch), batch["labels"])
+
     def _forget_rmu(self, batch: Batch) -> Tensor:
         return rmu_forget_loss(self._activations(self.model, batch), self.steering, batch["attention_mask"])
 
@@ -113,10 +118,22 @@ class Losses:
         return captured.output
 
 
+def logit_margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Flatten the prediction of every answer token; 0 where it is uniform.
+
+    .. math:: \mathrm{mean}_t \bigl(\max_v z_{t,v} - \mathrm{mean}_v z_{t,v}\bigr)^2      (PDU, arXiv:2506.05314)
+    """
+    predicted = logits[:, :-1][labels[:, 1:] != IGNORE_INDEX]
+    return (predicted.max(dim=-1).values - predicted.mean(dim=-1)).square().mean()
+
+
 def batch_rows(examples: list[Example]) -> int:
-    """Return how many rows are measured at a time: 64, or fewer where they are long."""
+    """Return how many rows are measured at a time: 16, or fewer where they are long.
+
+    120 rows of TOFU, one thread of an AMD EPYC, 0.8M parameters: 0.38 CPU-seconds with 16, 0.42 with 32, 0.64 with 64.
+    """
     longest = max((len(example.prompt) + len(example.answer) for example in examples), default=1)
-    return max(1, min(64, 16384 // longest))
+    return max(1, min(16, 16384 // longest))
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,13 @@ from torch import nn
 
 from blur_optim import BLUR
 
+from .baselines import Dampening, DualMoments, ForgetGain, PrimalDual, RetainNormal
+from .retain_metric import RetainMetric
 from .robust import AveragedCosine, AveragedDots, Bloop
 from .torchjd_rules import pcgrad, upgrad
+from .two_gradients import TwoGradients
 
-FORGET_LOSSES = ("ga", "npo", "simnpo", "dpo", "rmu", "hinge")
+FORGET_LOSSES = ("ga", "npo", "simnpo", "dpo", "rmu", "hinge", "margin")
 RETAIN_LOSSES = ("nll", "kl", "rmu")
 FORGET_ONLY = "forget-only"
 BASELINE = "weighted_sum"
@@ -34,6 +37,27 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "averaged-cosine": {"rule": AveragedCosine},
     "upgrad": {"rule": upgrad},
     "pcgrad": {"rule": pcgrad},
+    "forget-gain": {"rule": ForgetGain},
+}
+#: By name: what makes an update of its own, of parameters, ``gamma`` and AdamW's options.
+OWN: dict[str, Callable[..., TwoGradients]] = {
+    "bloop": Bloop,
+    "dual-moments": DualMoments,
+    "retain-normal": RetainNormal,
+    "primal-dual": PrimalDual,
+    "dampening": Dampening,
+}
+
+
+#: By name: options of RetainMetric. The first is the method, the others leave out or exchange one thing.
+IN_THE_METRIC: dict[str, dict[str, Any]] = {
+    "blur-metric": {},
+    "sum-metric": {"rule": "weighted_sum"},
+    "normalized-metric": {"rule": "normalized"},
+    "metric-of-sum": {"second_moment_of": "sum"},
+    "metric-power-1": {"power": 1.0},
+    "metric-no-floor": {"floor": 0.0},
+    "metric-damped-by-tensor": {"damping_scope": "parameter"},
 }
 
 
@@ -64,7 +88,7 @@ def parse_method(text: str) -> Method:
     losses, _, combine = text.partition("/")
     forget_loss, _, retain_loss = losses.partition("+")
     method = Method(forget_loss, retain_loss or ("rmu" if forget_loss == "rmu" else "nll"), combine)
-    combinations = (*COMBINATIONS, "bloop", FORGET_ONLY)
+    combinations = (*COMBINATIONS, *OWN, *IN_THE_METRIC, FORGET_ONLY)
     if forget_loss in FORGET_LOSSES and method.retain_loss in RETAIN_LOSSES and combine in combinations:
         if (forget_loss == "rmu") != (method.retain_loss == "rmu"):
             raise InputError(f"--methods: rmu goes with rmu, got {text!r}. Its losses are distances of activations.")
@@ -77,13 +101,19 @@ def parse_method(text: str) -> Method:
     )
 
 
-def make_optimizer(method: Method, params: Iterable[nn.Parameter], weight: float, lr: float) -> BLUR | Bloop:
+def make_optimizer(
+    method: Method, params: Iterable[nn.Parameter], weight: float, lr: float, steps: int
+) -> BLUR | TwoGradients:
     """Return what takes ``step(forget, retain)``, over AdamW; gamma is ``weight`` and alpha 1 in every combination."""
     adamw: dict[str, Any] = {"base": torch.optim.AdamW, "lr": lr, "weight_decay": 0.01}
     if method.combine == FORGET_ONLY:
         return BLUR(params, rule="weighted_sum", gamma=1.0, retain_weight=0.0, **adamw)
-    if method.combine == "bloop":
-        return Bloop(params, gamma=weight, **adamw)
+    if method.combine == "dampening":
+        return Dampening(params, gamma=weight, steps=steps, **adamw)
+    if method.combine in OWN:
+        return OWN[method.combine](params, gamma=weight, **adamw)
+    if method.combine in IN_THE_METRIC:
+        return RetainMetric(params, gamma=weight, **IN_THE_METRIC[method.combine], **adamw)
     options = dict(COMBINATIONS[method.combine])
     if isinstance(options["rule"], type):
         options["rule"] = options["rule"]()
@@ -98,4 +128,6 @@ def weight_scale(method: Method) -> float:
     """
     if "normalized" in method.combine:
         return 3.0
-    return {"npo": 0.1, "dpo": 0.1, "rmu": 3.0}.get(method.forget_loss, 1.0)
+    if method.combine in IN_THE_METRIC or method.combine == "dampening":
+        return 1.0
+    return {"npo": 0.1, "dpo": 0.1, "rmu": 3.0, "margin": 0.01}.get(method.forget_loss, 1.0)

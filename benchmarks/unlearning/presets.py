@@ -8,7 +8,7 @@ from .presets_text import MUSE_PAPER, TEXT_PRESETS
 from .settings import Learning, Settings
 
 KEPT = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}  # what the hub's models are named by
-FORMS = ("short", "full", "pretrained", "paper")
+FORMS = ("short", "full", "held-out", "pretrained", "paper")
 
 NPO = ("weighted_sum", "blur", "normalized", "blur-normalized", "averaged-dots", "bloop")
 NPO_MORE = (
@@ -46,6 +46,15 @@ FULL_METHODS = (
     "hinge+nll/weighted_sum",
 )
 
+HELD_OUT = ("weighted_sum", "blur", "normalized", "blur-metric", "dual-moments", "retain-normal", "forget-gain")
+HELD_OUT_METHODS = (
+    *(f"npo+nll/{combine}" for combine in HELD_OUT),
+    *(f"simnpo+nll/{combine}" for combine in HELD_OUT),
+    "npo+nll/primal-dual",
+    "margin+nll/primal-dual",
+    "ga+nll/dampening",
+)
+
 TOFU = Settings("tofu", "short", "tofu", "", "forget10", methods=SHORT_METHODS)
 PRESETS: dict[tuple[str, str], Settings] = {
     # 600 rows, the last 40 forgotten: two models of 0.9M parameters a target learn them in three minutes.
@@ -78,6 +87,32 @@ PRESETS: dict[tuple[str, str], Settings] = {
         lrs=(3e-4, 1e-3),
         tuning_weights=(1.0, 0.3),
         weights=(1.0, 0.3),
+    ),
+    # Who wins, and by how much: tuned on the authors of one block, compared on those of three others, five seeds each.
+    # 100 steps of 4 rows are ten epochs of what is forgotten.
+    ("tofu", "held-out"): replace(
+        TOFU,
+        name="invented-held-out",
+        form="held-out",
+        subset="forget01",
+        authors=20,
+        blocks=(180, 40, 80, 120),
+        targets=4,
+        model="0.8m",
+        methods=HELD_OUT_METHODS,
+        steps=100,
+        batch_size=4,
+        looks=10,
+        line=True,
+        tuned_at=(0.98, 0.95, 0.9),
+        look_rows=40,
+        judged_rows=40,
+        generated_rows=20,
+        lrs=(3e-4, 1e-4),
+        tuning_weights=(3.0, 1.0, 0.3),
+        weights=(),
+        seeds=tuple(seed for seed in range(20) if seed % 4),
+        judged_seeds=(1, 2, 3),
     ),
     # A real pretrained model of 135M parameters, given by --model: one row costs it what a hundred cost the small ones.
     ("tofu", "pretrained"): replace(

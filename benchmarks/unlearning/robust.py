@@ -4,14 +4,15 @@ With batches of a few rows both gradients are mostly noise, and so is :math:`c =
 What is averaged over steps is noise no longer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from blur_optim.step.rules import Dots, blur
+
+from .two_gradients import TwoGradients, dot
 
 DECAY = 0.9
 
@@ -59,75 +60,27 @@ class AveragedCosine:
         return blur(dots._replace(retain_forget=cosine * norms), gamma, alpha)
 
 
-class Bloop:
+class Bloop(TwoGradients):
     r"""Project the retain gradient on what is orthogonal to the *averaged* forget gradient.
 
     .. math:: u = \gamma g_f + g_r - \frac{\langle g_r, m\rangle}{\|m\|^2} m, \quad m = E[g_f]    (arXiv:2407.02158)
 
     The update has a third direction, so this is no rule: it keeps one more gradient set, and takes passes of its own.
-
-    Args:
-        params: as for ``base``.
-        gamma: weight of the forget gradient; >= 0.
     """
 
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        gamma: float,
-        base: Callable[..., Optimizer] = AdamW,
-        decay: float = DECAY,
-        **base_kwargs: Any,
-    ) -> None:
-        self.params, self.gamma, self.decay = list(params), gamma, decay
-        self.base = base(self.params, **base_kwargs)
+    def __init__(self, params: Iterable[nn.Parameter], gamma: float, decay: float = DECAY, **base_kwargs: Any) -> None:
+        super().__init__(params, gamma, **base_kwargs)
+        self.decay = decay
         self.mean = [torch.zeros_like(p) for p in self.params]
-        self.seen: dict[str, float] = {}
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    @property
-    def statistics(self) -> "Bloop":
-        return self
-
-    def to_dict(self) -> dict[str, float]:
-        """Return what the last step saw; the coefficients are those of g_f, g_r."""
-        return self.seen
-
-    def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Take one step; the closures return a loss and call backward."""
-        forget_loss, forget_grads = self._gradients(forget)
-        retain_loss, retain_grads = self._gradients(retain)
+    def update(self, forget_grads: list[Tensor], retain_grads: list[Tensor]) -> None:
         torch._foreach_lerp_(self.mean, forget_grads, 1 - self.decay)  # Its scale does not matter: nor does its bias.
-        c = _dot(retain_grads, self.mean) / _dot(self.mean, self.mean).clamp(min=torch.finfo(torch.float64).tiny)
-        for p, f, r, m in zip(self.params, forget_grads, retain_grads, self.mean, strict=True):
-            p.grad = self.gamma * f + r - c.to(m.dtype) * m
-        self._note(forget_grads, retain_grads)
-        self.base.step()
-        self.base.zero_grad()
-        return forget_loss, retain_loss
-
-    def _gradients(self, closure: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-        loss = closure()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        self.base.zero_grad()
-        return loss.detach(), grads
-
-    def _note(self, forget: list[Tensor], retain: list[Tensor]) -> None:
-        dot, f, r = _dot(retain, forget), _dot(forget, forget), _dot(retain, retain)
-        update = [p.grad for p in self.params if p.grad is not None]
-        self.seen = {
-            "cosine": float(torch.where(f * r > 0, dot / (f * r).sqrt(), 0.0)),
-            "dot_retain_forget": float(dot),
-            "forget_norm": float(f.sqrt()),
-            "retain_norm": float(r.sqrt()),
+        c = dot(retain_grads, self.mean) / dot(self.mean, self.mean).clamp(min=torch.finfo(torch.float64).tiny)
+        triples = zip(forget_grads, retain_grads, self.mean, strict=True)
+        u = [self.gamma * f + r - c.to(m.dtype) * m for f, r, m in triples]
+        self.seen |= {
             "forget_coefficient": self.gamma,
             "retain_coefficient": 1.0,
-            "update_norm": float(_dot(update, update).sqrt()),
+            "update_norm": float(dot(u, u).sqrt()),
         }
-
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+        self.base_step(u)

@@ -32,17 +32,24 @@ class Settings:
         learning: of target and retrained model. None: ``model`` knows the data already, and ``retrained`` is a second
             model that does not.
         authors, passages: how much of the data is taken, from its end; 0 for all.
+        blocks: of TOFU: the first author of each target's own block of ``authors``, of which the last are forgotten;
+            so the seeds that take another target in turn forget other authors. Empty: the end of the data for all.
         max_length: tokens of a passage.
         targets: how many targets are trained, with seeds of their own; the seeds of unlearning take them in turn.
         methods: ids, as ``methods.parse_method`` reads them.
         lrs, tuning_weights: what the tuning seed tries, each with each.
         weights: what the held-out seeds try: w = gamma with alpha = 1 (for the weighted sum, lambda = 1 / w), in units
             of the largest that may be of use, see ``methods.weight_scale``.
+        tuned_at: shares of the target's probability that are kept: learning rate and weight are chosen together, by the
+            mean over these of the lowest log p_forget. Empty: see ``stages.select``.
+        judged_seeds: of the held-out seeds, those whose chosen runs get full scores and are relearned; empty: all.
         steps, batch_size, accumulation: of unlearning; ``batch_size`` is of each of the two losses.
         looks: how often probabilities are measured along the way, on ``look_rows`` rows of a kind.
+        line: whether the straight line from the target to the end of the run is looked at too.
         judged_rows, generated_rows: at most so many rows of a kind, beside those to forget, for the benchmark's scores,
             and so many answers.
         relearned_rows, relearning_steps: the attack on every model that gets full scores; 0: none.
+        lora_rank: of adapters that are trained in place of the model's own weights; 0: none.
         beta: of NPO and DPO; ``simnpo_beta`` and ``steering`` likewise.
         layers: of RMU: the trained ones, ending with the steered one.
         device, dtype: of the models while they unlearn and are judged; training is in float32.
@@ -61,6 +68,7 @@ class Settings:
     retrained: str = ""
     learning: Learning | None = Learning()
     authors: int = 0
+    blocks: tuple[int, ...] = ()
     passages: int = 0
     max_length: int = 256
     targets: int = 1
@@ -68,17 +76,21 @@ class Settings:
     lrs: tuple[float, ...] = (3e-4, 1e-3)
     tuning_weights: tuple[float, ...] = (0.3, 0.03)
     weights: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01)
+    tuned_at: tuple[float, ...] = ()
     tuning_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)
+    judged_seeds: tuple[int, ...] = ()
     steps: int = 50
     batch_size: int = 16
     accumulation: int = 1
     looks: int = 5
     look_rows: int = 100
+    line: bool = False
     judged_rows: int = 400
     generated_rows: int = 100
     relearned_rows: int = 10
     relearning_steps: int = 20
+    lora_rank: int = 0
     beta: float = 0.1
     simnpo_beta: float = 2.5
     steering: float = 6.5

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ from shared_lib.versions import installed_versions
 from .jobs import SWEEP, TUNE, Job, result_file, run_side_by_side, setting_folder, write_json, yardstick_file
 from .loop import KINDS
 from .methods import FORGET_ONLY, parse_method, weight_scale
-from .report.compare import hypervolume
+from .report.compare import Point, crossings, hypervolume, lowest_at
 from .settings import Settings
 from .targets import RETRAINED, TARGET, is_trained
 from .workshop import measure, train, unlearn
@@ -112,11 +113,22 @@ def tuning_jobs(settings: Settings) -> list[Job]:
 def sweep_jobs(settings: Settings, selected: Selected) -> list[Job]:
     """List the runs of the held-out seeds: every weight, and the chosen one, at the learning rate that tuning chose."""
     return [
-        Job(SWEEP, method, weight, chosen["lr"], seed, full_scores=weight == chosen["weight"])
+        Job(
+            SWEEP,
+            method,
+            weight,
+            chosen["lr"],
+            seed,
+            full_scores=weight == chosen["weight"] and _judged(settings, seed),
+        )
         for method, chosen in selected.items()
         for seed in settings.seeds
         for weight in dict.fromkeys([*weights_of(method, settings.weights), chosen["weight"]])
     ]
+
+
+def _judged(settings: Settings, seed: int) -> bool:
+    return not settings.judged_seeds or seed in settings.judged_seeds
 
 
 def weights_of(method: str, weights: Iterable[float]) -> list[float]:
@@ -131,18 +143,33 @@ def select(settings: Settings, folder: Path) -> Selected:
 
     The learning rate by how far its runs forget while they keep ``KEPT`` of the rest, stopping early included; where
     none keeps that much, by their hypervolume. Among the runs at that rate, the weight by the area that its last point
-    dominates, of which a run that diverged has none. Of equals, the one that is tried first.
+    dominates, of which a run that diverged has none. Of equals, the one that is tried first. With
+    ``settings.tuned_at`` both are chosen together, as described there.
     """
     target = _read(yardstick_file(folder, TARGET, settings.tuning_seed % settings.targets))["final"]
     selected = {}
     for method in settings.methods:
         jobs = [job for job in tuning_jobs(settings) if job.method == method]
         runs = {job: _read(result_file(folder, job)) for job in jobs}
+        if settings.tuned_at:
+            best = min(jobs, key=lambda job: _mean_forgotten(runs[job], target, settings.tuned_at))
+            selected[method] = {"lr": best.lr, "weight": best.weight}
+            continue
         by_lr = {lr: [run for job, run in runs.items() if job.lr == lr] for lr in settings.lrs}
         lr = max(settings.lrs, key=lambda lr: _merit(by_lr[lr], target))
         best = max((job for job in jobs if job.lr == lr), key=lambda job: hypervolume(_last(runs[job], target)))
         selected[method] = {"lr": lr, "weight": best.weight}
     return selected
+
+
+def _mean_forgotten(run: dict[str, Any], target: dict[str, Any], taus: Iterable[float]) -> float:
+    """Return the lowest log p_forget at equal retain, on average over ``taus``; the target's where nothing keeps it."""
+    path = [
+        Point(kept(look, target), look["forget"]["log_prob"], look["forget"]["probability"], start=look["step"] == 0)
+        for look in _looks(run)
+    ]
+    found = [lowest_at([*path, *crossings(path, tau)], tau) for tau in taus]
+    return statistics.fmean(target["forget"]["log_prob"] if value is None else value for value in found)
 
 
 def _merit(runs: list[dict[str, Any]], target: dict[str, Any]) -> tuple[float, float]:

@@ -30,6 +30,8 @@ def model_folder(cache: Path, settings: Settings, role: str, number: int) -> Pat
     if settings.learning is None:
         return Path(settings.model if role == TARGET else settings.retrained)
     data = [settings.track, settings.data, settings.subset, settings.authors, settings.passages, settings.max_length]
+    if settings.blocks:
+        data.append(["block", settings.blocks[number]])
     if settings.retain_data:
         data.append(settings.retain_data)
     parts = [CACHE_FORMAT, role, number, settings.model, settings.gguf_file, asdict(settings.learning), data]
@@ -54,7 +56,7 @@ def train(cache: Path, settings: Settings, role: str, number: int, report: Repor
     recipe = _recipe(settings, number)
     scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=home.parent))
     try:
-        data = load_data(settings)
+        data = load_data(settings, number)
         start, gguf_file = settings.model, settings.gguf_file or None
         if settings.is_small:
             start, gguf_file = str(scratch / "start"), None

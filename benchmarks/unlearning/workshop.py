@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared_lib.metrics import thin_out
 from shared_lib.models import Model, load_model, load_tokenizer, quiet_transformers
 
 from . import targets
 from .jobs import FORMAT, Job, result_file, setting_folder, write_json, yardstick_file
-from .loop import KINDS, Look, Unlearning, look_at, relearn
+from .loop import KINDS, Look, Unlearning, look_at, look_quantized, looks_on_the_line, probabilities, relearn
 from .losses import Before
 from .methods import parse_method
 from .settings import Settings
@@ -31,14 +32,21 @@ class Workshop:
         quiet_transformers()
         torch.set_num_threads(settings.threads)
         self.cache, self.settings, self.folder = cache, settings, setting_folder(cache, settings)
-        first = model_folder(cache, settings, TARGET, 0)
-        self.task: Task = load_data(settings).task(load_tokenizer(first), settings)
+        self.tasks: dict[int, Task] = {}
         self.befores: dict[int, Before] = {}
+
+    def task(self, number: int) -> Task:
+        """Return the task of the target with this number; one for all, unless each has its own authors."""
+        key = number if self.settings.blocks else 0
+        if key not in self.tasks:
+            tokenizer = load_tokenizer(model_folder(self.cache, self.settings, TARGET, key))
+            self.tasks[key] = load_data(self.settings, key).task(tokenizer, self.settings)
+        return self.tasks[key]
 
     def before(self, number: int) -> Before:
         """Return the target with this number."""
         if number not in self.befores:
-            self.befores[number] = Before(self._load(TARGET, number), self.task)
+            self.befores[number] = Before(self._load(TARGET, number), self.task(number))
         return self.befores[number]
 
     def _load(self, role: str, number: int) -> Model:
@@ -48,21 +56,23 @@ class Workshop:
     def measure_yardstick(self, role: str, number: int) -> None:
         """Look at a model that was trained and score it; the retrained one first, for others are compared with it."""
         home = model_folder(self.cache, self.settings, role, number)
-        model = self._load(role, number).eval()
+        model, task = self._load(role, number).eval(), self.task(number)
         # The retrained model is compared with nothing, whatever an interrupted run has left.
-        scores, reference = self.task.judge(model, None if role == RETRAINED else self._reference(number))
+        scores, reference = task.judge(model, None if role == RETRAINED else self._reference(number))
         training = home / "training.json"
         result = {
-            "final": look_at(model, self.task, self.settings),
+            "final": look_at(model, task, self.settings),
             "scores": scores,
             "training": json.loads(training.read_text()) if training.is_file() else None,
             "parameters": model.num_parameters(),
-            "rows": {kind: len(getattr(self.task, kind)) for kind in KINDS},
+            "rows": {kind: len(getattr(task, kind)) for kind in KINDS},
             "relearning": None,
+            "unseen": probabilities(model, thin_out(task.unseen, self.settings.look_rows)) if task.unseen else None,
+            "quantized": look_quantized(model, task, self.settings),
         }
         if role == RETRAINED:
             if self.settings.relearning_steps:  # What comes back in a model that never knew it was not relearned.
-                result["relearning"] = relearn(model, self.task, self.settings, number)
+                result["relearning"] = relearn(model, task, self.settings, number)
             write_json(self.folder / "yardsticks" / f"reference-{number}.json", reference)
         write_json(yardstick_file(self.folder, role, number), result)
 
@@ -75,15 +85,19 @@ class Workshop:
         start = time.perf_counter()
         number = job.seed % self.settings.targets
         torch.manual_seed(job.seed)
-        run = Unlearning(job, self.before(number), self.task, self.settings)
+        task = self.task(number)
+        run = Unlearning(job, self.before(number), task, self.settings)
         run.run(self._first_look(number))
         result: dict[str, Any] = {"format": FORMAT, "job": self._describe(job), "path": run.path, "steps": run.steps}
         result |= {"diverged": run.diverged, "scores": None, "relearning": None}
         result["final"] = None if run.diverged else run.path[-1]
+        if self.settings.line and not run.diverged:
+            result["line"] = looks_on_the_line(run, run.path[0])
         if job.full_scores and not run.diverged:
-            result["scores"] = self.task.judge(run.model, self._reference(number))[0]
+            result["scores"] = task.judge(run.model, self._reference(number))[0]
+            result["quantized"] = look_quantized(run.model, task, self.settings)
             if self.settings.relearning_steps:
-                result["relearning"] = relearn(run.model, self.task, self.settings, job.seed)
+                result["relearning"] = relearn(run.model, task, self.settings, job.seed)
         result |= {"seconds": time.perf_counter() - start, "threads": self.settings.threads}
         result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         write_json(result_file(self.folder, job), result)

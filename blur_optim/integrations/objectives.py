@@ -22,12 +22,22 @@ from blur_optim.losses import (
     reference_logits,
     rmu_forget_loss,
     rmu_retain_loss,
+    run_model,
     sequence_log_probs,
     simnpo_loss,
     steering_vector,
     token_counts,
 )
-from blur_optim.losses.reference import MODEL_INPUTS, adapter_owner
+from blur_optim.losses.checks import check_positive
+from blur_optim.losses.forward import (
+    adapter_owner,
+    check_one_answer_a_row,
+    model_inputs,
+    own_logits,
+    positions_from,
+    router_loss,
+)
+from blur_optim.losses.forward import model_logits as logits_of
 
 #: ``(model, batch) -> loss``: the model as the loop has wrapped it, one half's batch on its device, a 0-d tensor.
 Loss = Callable[[Any, Any], Tensor]
@@ -41,7 +51,8 @@ class Reference:
     """What a loss compares with: stored log-probabilities, a frozen model, or the trained one with its adapter off.
 
     Args:
-        model: a frozen model; None for the trained model itself with its PEFT adapter off.
+        model: a frozen model, with its own adapter where it has one; None for the trained model itself with its PEFT
+            adapter off.
         context: entered around a frozen model's forward, such as the autocast of the trained one.
     """
 
@@ -55,12 +66,12 @@ class Reference:
         if REFERENCE_KEY in batch:
             return batch[REFERENCE_KEY]
         with self.context():
-            return reference_log_probs(self._which(model), batch)
+            return reference_log_probs(self._which(model), batch, with_adapter=self.model is not None)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """[B, T, V]."""
         with self.context():
-            return reference_logits(self._which(model), batch)
+            return reference_logits(self._which(model), batch, with_adapter=self.model is not None)
 
     def _which(self, model: nn.Module) -> nn.Module:
         if self.model is not None:
@@ -87,8 +98,10 @@ def make_forget_loss(loss: str | Loss, reference: Reference, *, beta: float | No
         beta: inverse temperature, > 0; None for the default of :mod:`blur_optim.losses`.
         delta: SimNPO's reward margin.
     Raises:
-        ValueError: there is no loss of that name.
+        ValueError: there is no loss of that name, or ``beta`` is not positive.
     """
+    if beta is not None:
+        check_positive("beta", beta)
     if callable(loss):
         return loss
     options: dict[str, Any] = {} if beta is None else {"beta": beta}
@@ -109,18 +122,17 @@ def make_forget_loss(loss: str | Loss, reference: Reference, *, beta: float | No
 def make_retain_loss(loss: str | Loss, reference: Reference) -> Loss:
     """Return a retain loss: ``"nll"``, ``"kl"``, or a function, returned as it is.
 
+    Both add the load-balancing loss of a router, where the model's config asks for it: the retain loss is what keeps
+    the model in order. The forget losses do without.
+
     Raises:
         ValueError: there is no loss of that name.
     """
     if callable(loss):
         return loss
     made: dict[str, Loss] = {
-        "nll": lambda model, batch: nll_loss(logits_of(model, batch), batch["labels"]),
-        "kl": lambda model, batch: kl_loss(
-            reference_logits=reference.logits(model, batch),
-            logits=logits_of(model, batch),
-            labels=batch["labels"],
-        ),
+        "nll": _nll,
+        "kl": lambda model, batch: _kl(model, batch, reference),
     }
     return _pick("retain_loss", loss, made)
 
@@ -169,20 +181,33 @@ def find_module(model: nn.Module, pattern: str) -> nn.Module:
     Raises:
         ValueError: none or several do.
     """
-    found: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if re.fullmatch(pattern, n)}
+    # torch.compile puts the model one name deeper.
+    names = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
+    found: dict[str, nn.Module] = {name: module for name, module in names if re.fullmatch(pattern, name)}
     if len(found) != 1:
         raise ValueError(f"The pattern {pattern!r} must fit the name of one module, got {sorted(found) or 'none'}.")
     (module,) = found.values()
     return module
 
 
-def logits_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """[B, T, V]. Labels do not reach the model, which would compute a loss of its own."""
-    logits: Tensor = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch}).logits
-    return logits
+def _nll(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    output = run_model(model, batch)
+    return _balanced(nll_loss(own_logits(model, batch, output), batch["labels"]), model, output)
+
+
+def _kl(model: Any, batch: Mapping[str, Tensor], reference: Reference) -> Tensor:
+    expected = reference.logits(model, batch)
+    output = run_model(model, batch)
+    return _balanced(kl_loss(own_logits(model, batch, output), expected, batch["labels"]), model, output)
+
+
+def _balanced(loss: Tensor, model: Any, output: Any) -> Tensor:
+    balancing = router_loss(model, output)
+    return loss if balancing is None else loss + balancing.mean().to(loss.device)  # A mean, of several GPUs' in one.
 
 
 def _log_probs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    check_one_answer_a_row(batch)
     return sequence_log_probs(logits_of(model, batch), batch["labels"])
 
 
@@ -201,17 +226,41 @@ def _dpo(model: Any, batch: Any, reference: Reference, options: dict[str, Any]) 
     return dpo_loss(both[: len(expected[0])], both[len(expected[0]) :], expected[0], expected[1], **options)
 
 
-def _joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Both batches as one, the narrower padded on the right with what is neither attended to nor counted."""
-    width = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
-    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    if "position_ids" in first:
-        fill["position_ids"] = 0
+    parts = [{**model_inputs(batch), "labels": batch["labels"]} for batch in (first, second)]
+    names = {name: None for part in parts for name in part}
+    _fill_in(parts, names)
+    width = max(part["labels"].shape[1] for part in parts)
     joined = {}
-    for name, value in fill.items():
-        parts = (batch[name] if name in batch else torch.ones_like(batch["input_ids"]) for batch in (first, second))
-        joined[name] = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+    for name in names:
+        values = [part.get(name) for part in parts]
+        if not all(isinstance(value, Tensor) for value in values):
+            raise ValueError(
+                f"`chosen` and `rejected` must have the same keys, all of them tensors, got {name!r} as "
+                f"{[type(value).__name__ for value in values]}. Collate both alike."
+            )
+        joined[name] = torch.cat([_widened(name, part, width) for part in parts])
     return joined
+
+
+def _fill_in(parts: list[dict[str, Any]], names: Mapping[str, Any]) -> None:
+    """Give both what one of them may do without: a mask of all, positions that count."""
+    for part in parts:
+        if "attention_mask" in names and "attention_mask" not in part:
+            part["attention_mask"] = torch.ones_like(part["labels"])
+        if "position_ids" in names and "position_ids" not in part:
+            part["position_ids"] = positions_from(part.get("attention_mask", torch.ones_like(part["labels"])))
+
+
+def _widened(name: str, part: Mapping[str, Tensor], width: int) -> Tensor:
+    value, (rows, columns) = part[name], part["labels"].shape
+    if name == "position_ids" and value.dim() == 1:
+        value = value.expand(rows, columns)
+    if value.shape[:2] != (rows, columns):  # Not by token, such as images: in the order of the rows.
+        return value
+    fill = -100 if name == "labels" else 0
+    return nn.functional.pad(value, (0, 0) * (value.dim() - 2) + (0, width - columns), value=fill)
 
 
 def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:

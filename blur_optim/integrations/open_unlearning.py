@@ -1,161 +1,147 @@
-"""BLUR as a method of open-unlearning (https://github.com/locuslab/open-unlearning): one import, one YAML file.
+"""BLUR around the methods of open-unlearning (https://github.com/locuslab/open-unlearning): one import, YAML files.
 
-Importing this registers the handler ``BLUR``. The tests use a stand-in of that project's trainers; docs/integrations.md
-says what else was run.
+Importing this registers the handler ``BLUR``. It makes a subclass of the project's own trainer for a method, so that
+data, losses, reference model and evaluation are the project's, and a BLUR run differs from its baseline in the update
+alone. docs/integrations.md has the commands, examples/open_unlearning the YAML files.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import importlib
-import re
-from collections.abc import Sequence
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-from blur_optim.integrations.objectives import Loss, Reference, make_forget_loss, make_retain_loss, make_rmu_losses
+from blur_optim.integrations.split_loss import SplitLoss
 from blur_optim.integrations.trainer_step import BLURStepMixin, blur_options
 
-FORGET_LOSSES = {"GradAscent": "ga", "GradDiff": "ga", "NPO": "npo", "SimNPO": "simnpo", "DPO": "dpo"}
-RETAIN_LOSSES = {"NLL": "nll", "KL": "kl"}
-_NEED_REFERENCE = ("NPO", "DPO", "RMU")
+#: The ``method_args`` that are BLUR's. Every other one is the method's.
+OPTIONS = tuple(name for name in inspect.signature(blur_options).parameters if name not in ("gamma", "retain_weight"))
+_DEFAULTS = {"rule": "blur", "normalize": False, "scope": "global", "stash": "reference", "backend": None}
+# A name for two: what descends the negative loss with a retain loss beside it.
+_SYNONYMS = {"GradAscent": "GradDiff"}
 
 
-def make_trainer(base: type) -> type:
-    """Return BLUR as a subclass of open-unlearning's trainer.
+@functools.cache
+def make_trainer(method: Any, grad_diff: Any) -> type:
+    """Return BLUR as a subclass of a method of open-unlearning.
 
     Args:
-        base: ``trainer.unlearn.base.UnlearnTrainer``, or any Trainer whose batches are ``{"forget": ..., "retain":
-            ...}``. Its evaluation stays.
+        method: one of the project's trainers: a subclass of its ``GradDiff``, or one that only forgets (``CEU``), to
+            which ``GradDiff``'s retain loss is added.
+        grad_diff: ``trainer.unlearn.grad_diff.GradDiff``.
+    Raises:
+        TypeError: the method has a ``training_step`` of its own, which BLUR's would replace.
     """
+    owner = next(c for c in method.__mro__ if "training_step" in vars(c))
+    if owner.__module__.partition(".")[0] != "transformers":
+        raise TypeError(
+            f"`forget_loss` must name a method without a training_step of its own, which BLUR's would replace, got "
+            f"{method.__name__}, whose is {owner.__module__}.{owner.__name__}'s."
+        )
+    only_forgets = not issubclass(method, grad_diff)
+    bases = (method, grad_diff) if only_forgets else (method,)
 
-    class BLUR(BLURStepMixin, base):
-        """Unlearning with BLUR (arXiv:2506.08164) around one of the project's methods.
+    class BLUR(BLURStepMixin, *bases):  # type: ignore[misc]
+        """A method of the project with BLUR's step (arXiv:2506.08164) in the place of the weighted sum.
 
-        Its ``method_args``, those of the project by the project's names:
-
-        Args:
-            forget_loss: ``"GradDiff"`` (or ``"GradAscent"``), ``"NPO"``, ``"SimNPO"``, ``"DPO"`` or ``"RMU"``.
-            retain_loss_type: ``"NLL"``, ``"KL"``, or for RMU ``"EMBED_DIFF"``, the distance of activations.
-            gamma: weight of the forget gradient.
-            alpha: weight of the retain gradient.
-            beta, delta: of the forget loss, as the project defines them: SimNPO's ``delta`` stands beside
-                ``beta``'s product there.
-            rule, normalize, scope, stash, backend: BLUR's, see :class:`blur_optim.BLUR`.
-            module_regex, trainable_params_regex, steering_coeff: RMU's layer, what is trained, the norm of its vector.
-                Gradient checkpointing is not reentrant with RMU, whatever its arguments say.
+        Its ``method_args`` are those of the method, by the project's names and with the project's defaults: ``gamma``
+        and ``alpha`` weigh the two gradients. Beside them ``rule``, ``normalize``, ``scope``, ``stash``, ``backend``:
+        see :class:`blur_optim.BLUR`.
 
         Raises:
-            ValueError: there is no loss of that name, or the Trainer is set up in a way that BLUR refuses.
+            ValueError: an option is none that BLUR takes, or the Trainer is set up in a way that BLUR refuses.
         """
 
-        def __init__(
-            self,
-            *args: Any,
-            forget_loss: str = "NPO",
-            retain_loss_type: str = "NLL",
-            gamma: float = 1.0,
-            alpha: float = 1.0,
-            beta: float | None = None,
-            delta: float = 0.0,
-            rule: str = "blur",
-            normalize: bool = False,
-            scope: str = "global",
-            stash: str = "reference",
-            backend: str | None = None,
-            module_regex: str = r"model\.layers\.7",
-            trainable_params_regex: Sequence[str] = (r"model\.layers\.(5|6|7)\.mlp\.down_proj\.weight",),
-            steering_coeff: float = 20.0,
-            **kwargs: Any,
-        ) -> None:
+        oldest_transformers = "4.51.3"
+        # The mixin's of these names would hide the project's.
+        compute_retain_loss = grad_diff.compute_retain_loss if only_forgets else method.compute_retain_loss
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            options = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
+            options |= {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+            # Before 2026 the project gave its Trainer no data set for the evaluations that its evaluators do.
+            if kwargs.get("evaluators") and kwargs.get("eval_dataset") is None:
+                kwargs["eval_dataset"] = []
             super().__init__(*args, **kwargs)
-            options = blur_options(
-                gamma=gamma,
-                retain_weight=alpha,
-                rule=rule,
-                normalize=normalize,
-                scope=scope,
-                stash=stash,
-                backend=backend,
-            )
-            self.ref_model = None
-            if forget_loss in _NEED_REFERENCE or retain_loss_type in ("KL", "EMBED_DIFF"):
-                self.ref_model = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.args.device)
-            reference = Reference(self.ref_model, self.accelerator.autocast)
-            if forget_loss == "RMU":
-                assert self.ref_model is not None
-                losses = make_rmu_losses(
-                    self.model, self.ref_model, module_regex, coefficient=steering_coeff, seed=self.args.seed
-                )
-                forget, retain = losses
-                _freeze_others(self.model, list(trainable_params_regex))
-                _checkpoint_without_reentry(self.args)
-            else:
-                forget = _named_forget_loss(forget_loss, reference, beta, delta)
-                retain = None
-            if retain_loss_type != "EMBED_DIFF" or retain is None:
-                retain = make_retain_loss(_translated("retain_loss_type", retain_loss_type, RETAIN_LOSSES), reference)
-            self.start_blur(forget, retain, **options)
+            options = blur_options(gamma=float(self.gamma), retain_weight=float(self.alpha), **options)
+            self.start_blur(_unused, _unused, **options)
+            self._split = SplitLoss(self, method, only_forgets)
+            _checkpoint_without_reentry(self.args)
 
-        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            """Where a loss of a pair is asked for outside training: the weighted sum."""
-            if "forget" not in inputs:
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            forget = self.compute_forget_loss(model, _answers(inputs["forget"]))
-            retain = self.compute_retain_loss(model, inputs["retain"])
-            options = self.blur_options
-            return options["gamma"] * forget + options["retain_weight"] * retain
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            """Wrap the optimizer; what it does not train (RMU's other layers) needs no gradient."""
+            optimizer = super().create_optimizer(*args, **kwargs)
+            trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in trained)
+            return optimizer
 
-        def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
-            return super().compute_forget_loss(model, _answers(batch))
+        def _phase_loss(self, model: nn.Module, side: str, batch: Any) -> Tensor:
+            inputs = self._prepare_inputs(batch)
+            if side == "forget":
+                return self._split.forget(model, inputs)
+            return self._split.retain(model, inputs, self.blur.param_groups[0]["retain_weight"])
 
+        def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
+            if side == "forget":
+                self._split.begin()
+            elif self._split.has_own_weights:
+                # The same on all processes, as every coefficient has to be.
+                weight = self.accelerator.reduce(self._split.retain_weight(), "mean").item()
+                for group in self.blur.param_groups:
+                    group.update(gamma=1.0, retain_weight=weight)
+            return super()._run_phase(model, side, batches)
+
+    BLUR.__qualname__ = BLUR.__name__ = f"BLUR_{method.__name__}"
     return BLUR
 
 
-def register() -> type:
+def register() -> Any:
     """Add the handler ``BLUR`` to the registry of open-unlearning, whose ``src`` has to be on the path.
 
     Returns:
-        The trainer class.
+        The handler: called with ``forget_loss``, the name of a method in the registry, and what the project gives to
+        that method's trainer, it returns the trainer.
     Raises:
         ImportError: there is no ``trainer`` package with a registry.
     """
     try:
-        trainers = importlib.import_module("trainer")
-        base = importlib.import_module("trainer.unlearn.base").UnlearnTrainer
-        registry: dict[str, Any] = trainers.TRAINER_REGISTRY
+        registry: dict[str, Any] = importlib.import_module("trainer").TRAINER_REGISTRY
+        grad_diff = importlib.import_module("trainer.unlearn.grad_diff").GradDiff
     except (ImportError, AttributeError) as error:
         raise ImportError(
             "open-unlearning must be on the path, for its `trainer` package to be imported. Put `import "
             "blur_optim.integrations.open_unlearning` at the end of its src/trainer/__init__.py."
         ) from error
-    registry["BLUR"] = make_trainer(base)
-    return registry["BLUR"]  # type: ignore[no-any-return]
+
+    def blur(*args: Any, forget_loss: str, **kwargs: Any) -> Any:
+        return make_trainer(_find(forget_loss, registry), grad_diff)(*args, **kwargs)
+
+    registry["BLUR"] = blur
+    return blur
 
 
-def _answers(batch: Any) -> Any:
-    """The project calls an answer and the one to give instead ``original`` and ``alternate``."""
-    if "original" in batch and "alternate" in batch:
-        return {"chosen": batch["alternate"], "rejected": batch["original"]}
-    return batch
+def _find(name: str, registry: dict[str, Any]) -> Any:
+    """The method's class.
+
+    Raises:
+        ValueError: there is no method of that name that forgets.
+    """
+    base = importlib.import_module("trainer.unlearn.base").UnlearnTrainer
+    methods = {n: c for n, c in registry.items() if inspect.isclass(c) and issubclass(c, base)}
+    if name not in methods:
+        raise ValueError(
+            f"`forget_loss` must be a method of the project, one of {sorted(methods)}, got {name!r}. With defaults: "
+            f"[{name}] in the YAML, handler: BLUR and forget_loss say which one."
+        )
+    return methods[_SYNONYMS.get(name, name)]
 
 
-def _named_forget_loss(name: str, reference: Reference, beta: float | None, delta: float) -> Loss:
-    translated = _translated("forget_loss", name, {**FORGET_LOSSES, "RMU": ""})
-    # The project's SimNPO takes its margin inside the product with beta, ours outside.
-    return make_forget_loss(translated, reference, beta=beta, delta=delta * (2.5 if beta is None else beta))
-
-
-def _freeze_others(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Leave gradients to the parameters that are to be trained, so that nothing is computed for the others."""
-    found = False
-    for name, parameter in model.named_parameters():
-        fits = any(re.fullmatch(pattern, name) for pattern in patterns)
-        parameter.requires_grad_(fits)
-        found = found or fits
-    if not found:
-        raise ValueError(f"`trainable_params_regex` must fit the names of parameters, got none for {list(patterns)}.")
+def _unused(*_: Any) -> Tensor:
+    raise AssertionError("The project's own losses are used.")
 
 
 def _checkpoint_without_reentry(args: Any) -> None:
@@ -167,12 +153,6 @@ def _checkpoint_without_reentry(args: Any) -> None:
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # The older one is an alias since 5.
     name = next(name for name in names if hasattr(args, name))
     setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": False})
-
-
-def _translated(argument: str, name: str, names: dict[str, str]) -> str:
-    if name not in names:
-        raise ValueError(f"`{argument}` must be one of {sorted(names)}, got {name!r}.")
-    return names[name]
 
 
 register()

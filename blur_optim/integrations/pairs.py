@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from blur_optim.losses import ReferenceLogProbs
+from blur_optim.losses.forward import with_positions
 from blur_optim.losses.text import IGNORE_INDEX
 
 Collator = Callable[[list[Any]], Any]
@@ -33,10 +34,14 @@ class PairedDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, forget: Any, retain: Any, epoch_over: str = "longer") -> None:
         self.sizes = {"forget": _length("forget_dataset", forget), "retain": _length("retain_dataset", retain)}
+        self.forget, self.retain = forget, retain
+        self.set_epoch_over(epoch_over)
+
+    def set_epoch_over(self, epoch_over: str) -> None:
+        """Let an epoch have another length."""
         lengths = {**self.sizes, "longer": max(self.sizes.values())}
         if epoch_over not in lengths:
             raise ValueError(f"`epoch_over` must be one of {sorted(lengths)}, got {epoch_over!r}.")
-        self.forget, self.retain = forget, retain
         self._length = lengths[epoch_over]
 
     def __len__(self) -> int:
@@ -90,10 +95,14 @@ class PairCollator:
         collate: makes a batch of a list of items.
         reference: adds ``reference_log_probs`` [B] to forget batches: looked up here, where the batch is on the CPU,
             the step need not wait for a copy.
+        positions: give batches that are padded on the left ``position_ids``, see
+            :func:`blur_optim.losses.forward.with_positions`.
     """
 
-    def __init__(self, collate: Collator, reference: ReferenceLogProbs | None = None) -> None:
-        self.collate, self.reference = collate, reference
+    def __init__(
+        self, collate: Collator, reference: ReferenceLogProbs | None = None, *, positions: bool = False
+    ) -> None:
+        self.collate, self.reference, self.positions = collate, reference, positions
         self._warned: set[str] = set()
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,8 +114,12 @@ class PairCollator:
     def side(self, items: list[Any]) -> Any:
         """Collate the items of one half, without what the reference knows of them."""
         if isinstance(items[0], Mapping) and set(items[0]) == set(ANSWERS):
-            return {name: self.collate([item[name] for item in items]) for name in ANSWERS}
-        return self.collate(items)
+            return {name: self._collated([item[name] for item in items]) for name in ANSWERS}
+        return self._collated(items)
+
+    def _collated(self, items: list[Any]) -> Any:
+        batch = self.collate(items)
+        return with_positions(batch) if self.positions and isinstance(batch, Mapping) else batch
 
     def _check_labels(self, side: str, half: Any) -> None:
         if side not in self._warned and isinstance(half, Mapping) and any(map(_is_untrained, single_batches(half))):

@@ -2,21 +2,27 @@
 
 The Trainer's own loop runs as it is. It calls ``training_step`` for each micro-batch; here the micro-batches are only
 collected until the last one before a step. Then all forget halves run, then all retain halves, and ``p.grad`` holds the
-update: unscaling, clipping, the step, schedulers, logging and checkpoints are the Trainer's.
+update: unscaling, clipping, the step, schedulers, logging and checkpoints are the Trainer's. Under DeepSpeed the
+engine has the gradients, and steps; what the Trainer does of it then does nothing, as without BLUR.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any
 
 import torch
+from packaging import version
 from torch import Tensor, nn
 
+from blur_optim.integrations.deepspeed import DeepSpeedBLUR
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
+from blur_optim.step.plan import own_name
 from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -33,6 +39,14 @@ class BLURStepMixin:
     accelerator: Any
     optimizer: Any
     state: Any
+    #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
+    last_losses: tuple[Tensor, Tensor] | None = None
+    _engine_blur: DeepSpeedBLUR | None = None
+    _pending: list[dict[str, Any]]
+    _loss_sums: Tensor
+    model: Any
+    #: With older ones a gradient comes out wrong (4.45: divided by the accumulation twice) or a resumed run does.
+    oldest_transformers = "4.57.6"
 
     def start_blur(self, forget_loss: Loss, retain_loss: Loss, **options: Any) -> None:
         """Set the losses, and the options with which :class:`blur_optim.BLUR` will wrap the Trainer's optimizer.
@@ -42,10 +56,21 @@ class BLURStepMixin:
         """
         _check_trainer(self)
         self.forget_loss, self.retain_loss, self.blur_options = forget_loss, retain_loss, options
-        self._pending: list[dict[str, Any]] = []
-        self._loss_sums = torch.zeros(3)
-        #: Forget and retain loss of the last step, 0-d: means of this process's micro-batches.
-        self.last_losses: tuple[Tensor, Tensor] | None = None
+        self._pending, self._loss_sums, self.last_losses = [], torch.zeros(3), None
+
+    def apply_options(self, changed: Collection[str]) -> None:
+        """Let the options of the last :meth:`start_blur` hold for an optimizer that exists already.
+
+        Args:
+            changed: which of ``gamma`` and ``retain_weight`` to set in the param groups, where schedulers and
+                checkpoints may have changed them.
+        """
+        blur, options = self.blur, self.blur_options
+        in_groups = {"gamma", "retain_weight"}
+        blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
+        for name in in_groups & set(changed):
+            for param_group in blur.param_groups:
+                param_group[own_name(name, param_group)] = options[name]
 
     def compute_forget_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The forget loss of one micro-batch, 0-d: descending it forgets. Override to compute another."""
@@ -62,7 +87,10 @@ class BLURStepMixin:
         Raises:
             RuntimeError: training has not begun, so there is none.
         """
-        found = _unwrapped(self.optimizer)
+        engine = self._engine
+        if engine is not None and (self._engine_blur is None or self._engine_blur.engine is not engine):
+            self._engine_blur = DeepSpeedBLUR(engine, **self.blur_options)
+        found = _unwrapped(self.optimizer) if engine is None else self._engine_blur
         if not isinstance(found, BLUR):
             raise RuntimeError("There is no BLUR optimizer before trainer.train() or trainer.create_optimizer().")
         return found
@@ -70,10 +98,15 @@ class BLURStepMixin:
     # -- What the Trainer calls --------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(_unwrapped(optimizer), BLUR):
-            self.optimizer = BLUR(base=optimizer, **self.blur_options)
+        """Wrap the optimizer that ``args.optim`` names, or that was passed in ``optimizers``, with BLUR.
+
+        Under DeepSpeed it stays bare, for the engine takes its param groups apart.
+        """
+        super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if getattr(self, "is_deepspeed_enabled", False):
+            return self.optimizer
+        if not isinstance(_unwrapped(self.optimizer), BLUR):
+            self.optimizer = BLUR(base=self.optimizer, **self.blur_options)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -96,10 +129,13 @@ class BLURStepMixin:
         # The scale, or under fp16 max_grad_norm, normalize and statistics would be those of scaled gradients.
         with blur.retain(grad_scale=self.accelerator.scaler):
             retain = self._run_phase(model, "retain", batches)
+        if self._engine is not None:
+            blur.step()  # The Trainer leaves it to accelerate's backward, which is not called.
         self.last_losses = forget, retain
         self._loss_sums = self._loss_sums.to(forget.device) + torch.stack([forget, retain, torch.ones_like(forget)])
         group = blur.param_groups[0]
-        loss: Tensor = group["gamma"] * forget + group["retain_weight"] * retain
+        gamma, weight = (group[own_name(name, group)] for name in ("gamma", "retain_weight"))
+        loss: Tensor = gamma * forget + weight * retain
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -109,6 +145,16 @@ class BLURStepMixin:
         if {"loss", "learning_rate"} <= logs.keys():
             logs.update(self._training_logs())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does. Gradients that it leaves (a score that is a gradient's norm) are dropped: they
+        belong to neither loss."""
+        is_clean = all(p.grad is None for p in self.model.parameters())
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if is_clean:
+                self.model.zero_grad()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """The Trainer's estimate, over both halves."""
@@ -120,19 +166,35 @@ class BLURStepMixin:
     def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         for position, batch in enumerate(batches, start=1):
-            half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
             # Each phase has to end reduced over the processes, so the last backward of each is the one that syncs.
             with self._no_sync(model) if position < len(batches) else nullcontext():
-                compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                    loss = checked_loss(f"{side}_loss", compute(model, half)).mean() / len(batches)
-                self.accelerator.backward(loss)
+                    loss = checked_loss(f"{side}_loss", self._phase_loss(model, side, batch)).mean() / len(batches)
+                self._backward(loss)
             total += loss.detach()
         return total
 
+    def _phase_loss(self, model: nn.Module, side: str, batch: dict[str, Any]) -> Tensor:
+        half = self._prepare_inputs(batch[side])  # type: ignore[attr-defined]
+        compute = self.compute_forget_loss if side == "forget" else self.compute_retain_loss
+        return compute(model, half)
+
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.accelerator.no_sync(model=model)
+        # An engine needs none, and does not have it in all stages.
+        context: AbstractContextManager[Any] = nullcontext() if self._engine else self.accelerator.no_sync(model=model)
         return context
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._engine is None:
+            self.accelerator.backward(loss)
+        else:
+            self._engine.backward(loss, scale_wrt_gas=False)  # The loss has been divided.
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's, once there is one."""
+        wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        return None if wrapped is None else wrapped.engine
 
     def _training_logs(self) -> dict[str, float]:
         forget, retain, steps = self.accelerator.reduce(self._loss_sums.to(self.args.device), "sum").tolist()
@@ -186,12 +248,33 @@ def checked_loss(name: str, loss: Any) -> Tensor:
     return loss
 
 
+def check_transformers(oldest: str) -> None:
+    """See that transformers is no older than ``oldest``.
+
+    Raises:
+        ImportError: it is.
+    """
+    found: str = importlib.import_module("transformers").__version__
+    if version.parse(found) < version.parse(oldest):
+        raise ImportError(
+            f"`transformers` must be at least {oldest} for BLUR in a Trainer, got {found}: with 4.45 each gradient is "
+            "divided by gradient_accumulation_steps twice, and nothing says so. `pip install "
+            f"'transformers>={oldest}'`."
+        )
+
+
 def _check_trainer(trainer: Any) -> None:
     args = trainer.args
-    if getattr(trainer, "is_deepspeed_enabled", False):
+    check_transformers(trainer.oldest_transformers)
+    if getattr(trainer, "compute_loss_func", None) is not None:
         raise ValueError(
-            "BLUR needs two gradients apart in p.grad, which DeepSpeed collects in buffers of its own. Use FSDP2 "
-            "(fsdp_version 2), or plain data parallelism."
+            "`compute_loss_func` must not be given: it knows one loss, and would never be called in training. Pass "
+            "forget_loss= and retain_loss=, functions (model, batch) -> loss."
+        )
+    if not any(p.requires_grad for p in trainer.model.parameters()):
+        raise ValueError(
+            "`model` must have parameters to train, got none with requires_grad. Load an adapter for training: "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
         )
     name = str(getattr(args.optim, "value", args.optim))
     if name in _STEP_INSIDE_BACKWARD or name.endswith("layerwise"):

@@ -86,4 +86,6 @@ def _quantize(source: Tensor, target: Tensor, scales: Tensor) -> None:
     values = source.float()
     torch.div(values.abs().amax(dim=1), 127, out=scales)
     # A block of zeros has scale 0: its quotients are NaN, which an integer cannot hold.
-    target.copy_((values / scales[:, None]).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+    integers = (values / scales[:, None]).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    # A scale that is a denormal number may be too small by a third.
+    target.copy_(integers.clamp_(-127, 127))

@@ -86,6 +86,73 @@ def multi_tensor_blend_(
         increment_version([r if r.numel() else f for r, f in zip(*mine, strict=True)])
 
 
+def multi_tensor_metric_dots(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    rows: Sequence[int],
+    num_rows: int,
+    metric: Tensor,
+    scales: Sequence[Tensor] = (),
+) -> Tensor:
+    if not forget:
+        return torch.zeros(num_rows, 9, dtype=torch.float64)
+    forget, retain = in_one_order(forget, retain)
+    moments = [in_order_of_gradients(v, forget, retain) for v in (exp_avg_sqs, max_exp_avg_sqs)]
+    dots = _op("multi_tensor_metric_dots")
+    return cast(Tensor, dots(forget, retain, *moments, list(rows), num_rows, metric.contiguous(), list(scales)))
+
+
+def multi_tensor_metric_blend_(
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    coefficients: Tensor,
+    rows: Sequence[int],
+    metric: Tensor,
+    found_inf: Tensor | None,
+    scales: Sequence[Tensor] = (),
+) -> None:
+    dense = metric_blend_the_unusual_(retain, forget, exp_avg_sqs, coefficients, rows, metric, found_inf, scales)
+    if not dense:
+        return
+    r, f, v = ([tensors[i] for i in dense] for tensors in (retain, forget, exp_avg_sqs))
+    scales = [scales[i] for i in dense] if scales else []
+    metric = metric if len(dense) == len(retain) else metric[dense]
+    blend = _op("multi_tensor_metric_blend_")
+    blend(r, f, v, coefficients.contiguous(), [rows[i] for i in dense], metric.contiguous(), found_inf, scales)
+    increment_version([*v, *(x if x.numel() else y for x, y in zip(r, f, strict=True))])
+
+
+def in_order_of_gradients(state: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[Tensor]:
+    """``state`` with the elements of each tensor in the order of its gradients': as they are, or copies."""
+    grads = (f if f.numel() else r for f, r in zip(forget, retain, strict=True))
+    return [in_order_of(t, grad) for t, grad in zip(state, grads, strict=True)] if state else []
+
+
+def metric_blend_the_unusual_(
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    coefficients: Tensor,
+    rows: Sequence[int],
+    metric: Tensor,
+    found_inf: Tensor | None,
+    scales: Sequence[Tensor],
+) -> list[int]:
+    """As :func:`blend_the_unusual_`, with the second moments."""
+    dense: list[int] = []
+    for i, (r, f, v) in enumerate(zip(retain, forget, exp_avg_sqs, strict=True)):
+        present = [t for t in (r, f) if t.numel()]
+        if is_dense(v) and all(dense_alike(t, v) for t in present):
+            dense.append(i)
+        else:
+            arguments = [r], [f], [v], coefficients, [rows[i]], metric[i : i + 1], found_inf, scales[i : i + 1]
+            foreach.multi_tensor_metric_blend_(*arguments)
+    return dense
+
+
 def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients with the elements of each pair in one order: as they are, or copies where layouts are unusual."""
     if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
@@ -117,7 +184,8 @@ def blend_the_unusual_(
 
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    foreach.multi_tensor_compress_(values, scales, grads)
+    _op("multi_tensor_compress_")(list(values), list(scales), list(grads))
+    increment_version([*values, *scales])
 
 
 def fused_adamw_(
@@ -168,6 +236,61 @@ def fused_sgd_(
         scales=list(scales),
     )
     increment_version([*params, *momentum_buffers])
+
+
+def metric_adamw_(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    coefficients: Tensor,
+    steps: Tensor,
+    lr: Tensor,
+    metric: Tensor,
+    *,
+    scales: Sequence[Tensor] = (),
+    **options: Any,
+) -> None:
+    _op("metric_adamw_")(
+        *(list(tensors) for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
+        list(rows),
+        coefficients.contiguous(),
+        steps,
+        lr,
+        metric.contiguous(),
+        **options,
+        scales=list(scales),
+    )
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
+
+
+def metric_sgd_(
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    coefficients: Tensor,
+    lr: Tensor,
+    metric: Tensor,
+    *,
+    scales: Sequence[Tensor] = (),
+    **options: Any,
+) -> None:
+    _op("metric_sgd_")(
+        *(list(tensors) for tensors in (params, momentum_buffers, exp_avg_sqs, forget, retain)),
+        list(rows),
+        coefficients.contiguous(),
+        lr,
+        metric.contiguous(),
+        **options,
+        scales=list(scales),
+    )
+    increment_version([*params, *momentum_buffers, *exp_avg_sqs])
 
 
 def _op(name: str) -> Callable[..., Any]:

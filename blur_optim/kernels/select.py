@@ -68,6 +68,106 @@ class Backend(Protocol):
                 integers and scales have the same bits in every backend.
         """
 
+    # In the metric of the retain loss. ``metric`` is ``[len(forget), 5]`` float64 on the tensors' device: for each
+    # tensor beta2, the weight of r^2 in the second moment (1 - beta2, over the square of the loss scale), the inverse
+    # of its bias correction, the damping, eps. With the second moment s = beta2 v + weight r^2 that this step makes
+    # (with amsgrad the largest so far), P = 1 / (sqrt(s * correction + damping) + eps). An absent retain gradient
+    # counts as zeros: v decays.
+
+    def multi_tensor_metric_dots(
+        self,
+        forget: Sequence[Tensor],
+        retain: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor],
+        rows: Sequence[int],
+        num_rows: int,
+        metric: Tensor,
+        scales: Sequence[Tensor] = (),
+    ) -> Tensor:
+        r"""Compute the dots of each row in the metric, beside the plain ones, in one pass over g_f, g_r and v.
+
+        Args:
+            exp_avg_sqs: v before this step, in the parameters' dtype. Not modified.
+            max_exp_avg_sqs: likewise, or empty without amsgrad.
+
+        Returns:
+            ``[num_rows, 9]`` float64: :math:`\langle g_r, g_f\rangle, \|g_f\|^2, \|g_r\|^2`, then
+            :math:`\langle g_r, P g_f\rangle, \langle g_f, P g_f\rangle, \langle g_r, P g_r\rangle`, then
+            :math:`\sum (P g_f)^2, \sum (P g_f)^4`, and the sum of the bias-corrected s.
+        """
+
+    def multi_tensor_metric_blend_(
+        self,
+        retain: Sequence[Tensor],
+        forget: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        coefficients: Tensor,
+        rows: Sequence[int],
+        metric: Tensor,
+        found_inf: Tensor | None,
+        scales: Sequence[Tensor] = (),
+    ) -> None:
+        """Do what :meth:`multi_tensor_blend_` does, and write s into ``exp_avg_sqs`` in the same pass.
+
+        Args:
+            found_inf: 0-d float32; where it is not 0 the second moments stay as they are.
+        """
+
+    def metric_adamw_(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor],
+        forget: Sequence[Tensor],
+        retain: Sequence[Tensor],
+        rows: Sequence[int],
+        coefficients: Tensor,
+        steps: Tensor,
+        lr: Tensor,
+        metric: Tensor,
+        *,
+        beta1: float,
+        weight_decay: float,
+        amsgrad: bool,
+        maximize: bool,
+        decoupled: bool,
+        found_inf: Tensor | None,
+        scales: Sequence[Tensor] = (),
+    ) -> None:
+        """Take the step of AdamW (``decoupled``) or Adam with P in place of its denominator.
+
+        ``exp_avgs`` average ``a * forget + b * retain``; ``exp_avg_sqs`` become s, in which no forget gradient is. With
+        beta2 1 and weight 0 in ``metric``, v is taken as it is. Arguments as for :meth:`FusedBackend.fused_adamw_`.
+        """
+
+    def metric_sgd_(
+        self,
+        params: Sequence[Tensor],
+        momentum_buffers: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        forget: Sequence[Tensor],
+        retain: Sequence[Tensor],
+        rows: Sequence[int],
+        coefficients: Tensor,
+        lr: Tensor,
+        metric: Tensor,
+        *,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        first_step: bool,
+        found_inf: Tensor | None,
+        scales: Sequence[Tensor] = (),
+    ) -> None:
+        """Take the step of SGD with each element of what it moves by multiplied with P; ``exp_avg_sqs`` become s.
+
+        Arguments as for :meth:`FusedBackend.fused_sgd_`.
+        """
+
 
 class FusedBackend(Backend, Protocol):
     """A backend that also updates parameters from both gradients; the update itself is never written to memory."""

@@ -28,7 +28,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from blur_optim.kernels.blocks import BLOCK_SIZE
-from blur_optim.kernels.native import blend_the_unusual_, in_one_order
+from blur_optim.kernels.native import (
+    blend_the_unusual_,
+    in_one_order,
+    in_order_of_gradients,
+    metric_blend_the_unusual_,
+)
 
 
 def why_not(device: torch.device) -> str:
@@ -68,7 +73,7 @@ def multi_tensor_dots(
     partials = torch.empty(plan.num_chunks, 3, dtype=torch.float64, device=device)
     dots = torch.empty(num_rows, 3, dtype=torch.float64, device=device)
     _run_plan(kernels.dots_kernel, plan, partials)
-    _run(kernels.sum_rows_kernel, (num_rows, 3), partials, plan.row_starts, dots, BLOCK_SIZE=kernels.BLOCK_SIZE)
+    _sum_rows(partials, plan.row_starts, dots)
     return dots
 
 
@@ -90,9 +95,64 @@ def multi_tensor_blend_(
 
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    from blur_optim.kernels import foreach
+    if grads:
+        plan = _make_plan(values, grads, scales, {}, [0] * len(grads), 1)
+        increment_version([*values, *scales])
+        _run_plan(_kernels().compress_kernel, plan)
 
-    foreach.multi_tensor_compress_(values, scales, grads)
+
+def multi_tensor_metric_dots(
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    rows: Sequence[int],
+    num_rows: int,
+    metric: Tensor,
+    scales: Sequence[Tensor] = (),
+) -> Tensor:
+    if not forget:
+        return torch.zeros(num_rows, 9, dtype=torch.float64)
+    forget, retain = in_one_order(forget, retain)
+    state: dict[str, Sequence[Tensor]] = {"exp_avg_sqs": in_order_of_gradients(exp_avg_sqs, forget, retain)}
+    if max_exp_avg_sqs:
+        state["max_exp_avg_sqs"] = in_order_of_gradients(max_exp_avg_sqs, forget, retain)
+    device = forget[0].device
+    plan = _make_plan(forget, retain, scales, state, rows, num_rows)
+    partials = torch.empty(plan.num_chunks, 9, dtype=torch.float64, device=device)
+    dots = torch.empty(num_rows, 9, dtype=torch.float64, device=device)
+    _run_plan(
+        _kernels().metric_dots_kernel,
+        plan,
+        partials,
+        _checked_metric(metric, len(forget)),
+        AMSGRAD=len(state) == 2,
+    )
+    _sum_rows(partials, plan.row_starts, dots)
+    return dots
+
+
+def multi_tensor_metric_blend_(
+    retain: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    coefficients: Tensor,
+    rows: Sequence[int],
+    metric: Tensor,
+    found_inf: Tensor | None,
+    scales: Sequence[Tensor] = (),
+) -> None:
+    dense = metric_blend_the_unusual_(retain, forget, exp_avg_sqs, coefficients, rows, metric, found_inf, scales)
+    if not dense:
+        return
+    f, r, v = ([tensors[i] for i in dense] for tensors in (forget, retain, exp_avg_sqs))
+    scales = [scales[i] for i in dense] if scales else []
+    metric = metric if len(dense) == len(retain) else metric[dense]
+    plan = _make_plan(f, r, scales, {"exp_avg_sqs": v}, [rows[i] for i in dense], len(coefficients))
+    increment_version([*v, *(y if y.numel() else x for x, y in zip(f, r, strict=True))])
+    _run_plan(
+        _kernels().metric_blend_kernel, plan, coefficients.contiguous(), _checked_metric(metric, len(r)), found_inf
+    )
 
 
 def fused_adamw_(
@@ -116,6 +176,7 @@ def fused_adamw_(
     decoupled: bool,
     found_inf: Tensor | None,
     scales: Sequence[Tensor] = (),
+    metric: Tensor | None = None,
 ) -> None:
     if not params:
         return
@@ -131,7 +192,7 @@ def fused_adamw_(
     plan = _make_plan(forget, retain, scales, state, rows, len(coefficients), numbers)
     sizes = torch.empty(len(params), 2, dtype=torch.float64, device=params[0].device)
     _run(kernels.adam_step_sizes_kernel, (len(params),), steps.contiguous(), lr, plan.numbers, sizes)
-    arguments = (coefficients.contiguous(), plan.numbers, sizes, lr, found_inf)
+    arguments = (coefficients.contiguous(), plan.numbers, sizes, lr, found_inf, _checked_metric(metric, len(params)))
     increment_version(itertools.chain(*state.values()))
     _run_plan(kernels.adam_kernel, plan, *arguments, AMSGRAD=amsgrad, DECOUPLED=decoupled)
 
@@ -153,18 +214,56 @@ def fused_sgd_(
     first_step: bool,
     found_inf: Tensor | None,
     scales: Sequence[Tensor] = (),
+    exp_avg_sqs: Sequence[Tensor] = (),
+    metric: Tensor | None = None,
 ) -> None:
     if not params:
         return
     state = {"params": params}
     if momentum != 0:
         state["momentum_buffers"] = momentum_buffers
+    if metric is not None:
+        state["exp_avg_sqs"] = exp_avg_sqs
     numbers = [-1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening]
     plan = _make_plan(forget, retain, scales, state, rows, len(coefficients), numbers)
-    arguments = (coefficients.contiguous(), plan.numbers, lr, found_inf)
+    arguments = (coefficients.contiguous(), plan.numbers, lr, found_inf, _checked_metric(metric, len(params)))
     increment_version(itertools.chain(*state.values()))
     flags = {"MOMENTUM": momentum != 0, "NESTEROV": nesterov, "FIRST_STEP": first_step}
     _run_plan(_kernels().sgd_kernel, plan, *arguments, **flags)
+
+
+def metric_adamw_(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    coefficients: Tensor,
+    steps: Tensor,
+    lr: Tensor,
+    metric: Tensor,
+    **options: Any,
+) -> None:
+    state, gradients = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs), (forget, retain, rows, coefficients)
+    fused_adamw_(*state, *gradients, steps, lr, beta2=0.0, eps=0.0, metric=metric, **options)
+
+
+def metric_sgd_(
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    forget: Sequence[Tensor],
+    retain: Sequence[Tensor],
+    rows: Sequence[int],
+    coefficients: Tensor,
+    lr: Tensor,
+    metric: Tensor,
+    **options: Any,
+) -> None:
+    gradients = (forget, retain, rows, coefficients)
+    fused_sgd_(params, momentum_buffers, *gradients, lr, exp_avg_sqs=exp_avg_sqs, metric=metric, **options)
 
 
 # -- The plan ----------------------------------------------------------------------------------------------------------
@@ -210,7 +309,7 @@ def _make_plan(
     """Cut the tensors into chunks, and put the tables on the device.
 
     Args:
-        state: what the update modifies beside the gradients, by name: ``params`` first, or nothing.
+        state: what is used beside the gradients, by name: the parameters first, or else what has their dtype.
         numbers: float64 for the kernel.
     """
     _check(forget, retain, scales, state, rows, num_rows)
@@ -223,7 +322,7 @@ def _make_plan(
     starts = torch.cat([ends - chunks, ends[-1:]])
     parts = [starts[torch.searchsorted(all_rows, _on_host(range(num_rows + 1)))]]
     parts += [torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64)]
-    kinds = _kinds(state.get("params", retain), forget, retain, (addresses % 16 == 0).all(0).tolist())
+    kinds = _kinds(next(iter(state.values()), retain), forget, retain, (addresses % 16 == 0).all(0).tolist())
     for indices in kinds.values():
         index = _on_host(indices)
         mine = chunks[index]
@@ -311,7 +410,7 @@ def _check(
     if list(rows) != sorted(rows) or rows[0] < 0 or rows[-1] >= num_rows:
         raise ValueError(f"`rows` must ascend from 0 or more to less than {num_rows}, got {list(rows)}.")
     numels, grads = _numels(forget, retain), [r.dtype for r in retain]
-    params = [p.dtype for p in state.get("params", retain)]
+    params = [p.dtype for p in next(iter(state.values()), retain)]
     for name, tensors in lists.items():
         _check_each(name, "device", [t.device for t in tensors], [forget[0].device] * len(forget))
     for name, tensors in (("forget", forget), ("retain", retain)):
@@ -383,6 +482,20 @@ def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> No
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **constants, **_kernels().OPTIONS)
+
+
+def _sum_rows(partials: Tensor, row_starts: Tensor, dots: Tensor) -> None:
+    kernels = _kernels()
+    constants = {"DOTS": dots.shape[1], "BLOCK_SIZE": kernels.BLOCK_SIZE}
+    _run(kernels.sum_rows_kernel, tuple(dots.shape), partials, row_starts, dots, **constants)
+
+
+def _checked_metric(metric: Tensor | None, length: int) -> Tensor | None:
+    if metric is not None and (metric.dtype != torch.float64 or metric.shape != (length, 5)):
+        raise ValueError(
+            f"`metric` must be a float64 tensor of shape ({length}, 5), got {metric.dtype} of {tuple(metric.shape)}."
+        )
+    return None if metric is None else metric.contiguous()
 
 
 def _log(beta: float) -> float:

@@ -183,8 +183,147 @@ def dots_kernel(
     tl.store(out_ptr + 2, tl.sum(rr.to(tl.float64), axis=0))
 
 
+# -- The metric of the retain loss -------------------------------------------------------------------------------------
+
+
 @triton.jit
-def sum_rows_kernel(partials_ptr, row_starts_ptr, dots_ptr, BLOCK_SIZE: tl.constexpr):
+def _metric_numbers(metric_ptr, line_ptr, COMPUTE: tl.constexpr):
+    """beta2, the weight of r^2, the inverse bias correction, damping, eps of this program's tensor."""
+    ptr = metric_ptr + tl.load(line_ptr + TENSOR) * 5
+    beta2 = tl.load(ptr).to(COMPUTE)
+    rest2 = tl.load(ptr + 1).to(COMPUTE)
+    correction = tl.load(ptr + 2).to(COMPUTE)
+    damping = tl.load(ptr + 3).to(COMPUTE)
+    return beta2, rest2, correction, damping, tl.load(ptr + 4).to(COMPUTE)
+
+
+@triton.jit
+def _retain_moment(
+    v_ptr,
+    gradients,
+    metric,
+    first,
+    count,
+    RETAIN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The second moment of the retain gradient that this step makes."""
+    beta2, rest2, _, _, _ = metric
+    v = beta2 * _load(v_ptr, first, count, COMPUTE, BLOCK_SIZE)
+    if RETAIN:
+        r = _load_retain(gradients, first, count, COMPUTE, BLOCK_SIZE)
+        v = v + rest2 * r * r
+    return v
+
+
+@triton.jit
+def _metric_denominator(second, metric):
+    _, _, correction, damping, eps = metric
+    return _sqrt(second * correction + damping) + eps
+
+
+@triton.jit
+def _add_metric_dots(
+    sums,
+    gradients,
+    state,
+    metric,
+    first,
+    count,
+    FORGET: tl.constexpr,
+    RETAIN: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    rf, ff, rr, rpf, fpf, rpr, pf2, pf4, total = sums
+    v_ptr, vmax_ptr = state
+    second = _retain_moment(v_ptr, gradients, metric, first, count, RETAIN, COMPUTE, BLOCK_SIZE)
+    if AMSGRAD:
+        seen = _load(vmax_ptr, first, count, COMPUTE, BLOCK_SIZE)
+        second = tl.where(seen < second, second, seen)
+    total += second * metric[2]
+    denominator = _metric_denominator(second, metric)
+    inverse = _divide(tl.full([BLOCK_SIZE], 1.0, COMPUTE), denominator)
+    if FORGET:
+        f = _load_forget(gradients, first, count, COMPUTE, BLOCK_SIZE)
+        pf = inverse * f
+        ff += f * f
+        fpf += f * pf
+        pf2 += pf * pf
+        pf4 += (pf * pf) * (pf * pf)
+    if RETAIN:
+        r = _load_retain(gradients, first, count, COMPUTE, BLOCK_SIZE)
+        rr += r * r
+        rpr += r * (inverse * r)
+    if FORGET and RETAIN:
+        rf += r * f
+        rpf += r * pf
+    return rf, ff, rr, rpf, fpf, rpr, pf2, pf4, total
+
+
+@triton.jit
+def metric_dots_kernel(
+    table_ptr,
+    programs_ptr,
+    partials_ptr,
+    metric_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STASH: tl.constexpr,
+    FORGET: tl.constexpr,
+    RETAIN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Write the nine sums of ``multi_tensor_metric_dots`` of each chunk to ``partials`` [chunks, 9], float64."""
+    TENSORS: tl.constexpr = 4 if AMSGRAD else 3
+    line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, TENSORS)
+    start = chunk * CHUNK_SIZE
+    gradients = _gradients_at(line_ptr, start, GRAD, STASH, VECTOR)
+    v_ptr = _at(line_ptr, 2, start, PARAM, VECTOR)
+    vmax_ptr = _at(line_ptr, 3, start, PARAM, VECTOR) if AMSGRAD else v_ptr
+    state = (v_ptr, vmax_ptr)
+    metric = _metric_numbers(metric_ptr, line_ptr, COMPUTE)
+    index = (tl.load(line_ptr + FIRST_CHUNK) + chunk).to(tl.int32)
+    rf = tl.zeros([BLOCK_SIZE], COMPUTE)
+    ff = tl.zeros([BLOCK_SIZE], COMPUTE)
+    rr = tl.zeros([BLOCK_SIZE], COMPUTE)
+    rpf = tl.zeros([BLOCK_SIZE], COMPUTE)
+    fpf = tl.zeros([BLOCK_SIZE], COMPUTE)
+    rpr = tl.zeros([BLOCK_SIZE], COMPUTE)
+    pf2 = tl.zeros([BLOCK_SIZE], COMPUTE)
+    pf4 = tl.zeros([BLOCK_SIZE], COMPUTE)
+    total = tl.zeros([BLOCK_SIZE], COMPUTE)
+    whole = count // BLOCK_SIZE * BLOCK_SIZE
+    for i in range(0, whole, BLOCK_SIZE):
+        sums = (rf, ff, rr, rpf, fpf, rpr, pf2, pf4, total)
+        rf, ff, rr, rpf, fpf, rpr, pf2, pf4, total = _add_metric_dots(
+            sums, gradients, state, metric, i, None, FORGET, RETAIN, AMSGRAD, COMPUTE, BLOCK_SIZE
+        )
+    if whole < count:
+        sums = (rf, ff, rr, rpf, fpf, rpr, pf2, pf4, total)
+        rf, ff, rr, rpf, fpf, rpr, pf2, pf4, total = _add_metric_dots(
+            sums, gradients, state, metric, whole, count, FORGET, RETAIN, AMSGRAD, COMPUTE, BLOCK_SIZE
+        )
+    out_ptr = partials_ptr + index.to(tl.int64) * 9
+    tl.store(out_ptr, tl.sum(rf.to(tl.float64), axis=0))
+    tl.store(out_ptr + 1, tl.sum(ff.to(tl.float64), axis=0))
+    tl.store(out_ptr + 2, tl.sum(rr.to(tl.float64), axis=0))
+    tl.store(out_ptr + 3, tl.sum(rpf.to(tl.float64), axis=0))
+    tl.store(out_ptr + 4, tl.sum(fpf.to(tl.float64), axis=0))
+    tl.store(out_ptr + 5, tl.sum(rpr.to(tl.float64), axis=0))
+    tl.store(out_ptr + 6, tl.sum(pf2.to(tl.float64), axis=0))
+    tl.store(out_ptr + 7, tl.sum(pf4.to(tl.float64), axis=0))
+    tl.store(out_ptr + 8, tl.sum(total.to(tl.float64), axis=0))
+
+
+@triton.jit
+def sum_rows_kernel(partials_ptr, row_starts_ptr, dots_ptr, DOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """One dot of one row from the partial sums of its chunks, in an order that depends on their number alone."""
     row = tl.program_id(0)
     dot = tl.program_id(1)
@@ -192,8 +331,54 @@ def sum_rows_kernel(partials_ptr, row_starts_ptr, dots_ptr, BLOCK_SIZE: tl.const
     total = tl.zeros([BLOCK_SIZE], tl.float64)
     for i in range(tl.load(row_starts_ptr + row), end, BLOCK_SIZE):
         chunks = i + tl.arange(0, BLOCK_SIZE)
-        total += tl.load(partials_ptr + chunks * 3 + dot, mask=chunks < end, other=0.0)
-    tl.store(dots_ptr + row * 3 + dot, tl.sum(total, axis=0))
+        total += tl.load(partials_ptr + chunks * DOTS + dot, mask=chunks < end, other=0.0)
+    tl.store(dots_ptr + row * DOTS + dot, tl.sum(total, axis=0))
+
+
+# -- Compression -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _compress(gradients, first, count, BLOCK_SIZE: tl.constexpr):
+    """Write a block of the retain gradient, compressed, to where the forget gradient of a pair would be."""
+    f_ptr, r_ptr, scales_ptr = gradients
+    x = _load(r_ptr, first, count, tl.float32, BLOCK_SIZE)
+    if f_ptr.dtype.element_ty == tl.int8:
+        SCALES: tl.constexpr = BLOCK_SIZE // SCALED
+        x = tl.reshape(x, [SCALES, SCALED])
+        # In integers the largest magnitude is that of a NaN, then that of an infinity.
+        largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+        scales = tl.div_rn(largest.to(tl.float32, bitcast=True), 127.0)
+        quotients = tl.div_rn(x, tl.broadcast_to(scales[:, None], [SCALES, SCALED]))
+        # 1.5 * 2^23: what a float of up to 2^22 loses beside it is its fraction, to nearest, ties to even.
+        rounded = (quotients + 12582912.0) - 12582912.0
+        rounded = tl.where(quotients - quotients == 0.0, rounded, 0.0)  # Of zeros, 0 / 0.
+        rounded = tl.where(rounded > 127.0, 127.0, tl.where(rounded < -127.0, -127.0, rounded))
+        offsets = first // SCALED + tl.arange(0, SCALES)
+        blocks = None if count is None else tl.cdiv(count, SCALED)
+        tl.store(scales_ptr + offsets, scales, mask=None if count is None else offsets < blocks)
+        x = tl.reshape(rounded, [BLOCK_SIZE]).to(tl.int32)
+    _store(f_ptr, first, count, x, BLOCK_SIZE)
+
+
+@triton.jit
+def compress_kernel(
+    table_ptr,
+    programs_ptr,
+    GRAD: tl.constexpr,
+    STASH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Compress gradients: the scales that :func:`_load_forget` reads are written here."""
+    line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, 2)
+    gradients = _gradients_at(line_ptr, chunk * CHUNK_SIZE, GRAD, STASH, VECTOR)
+    whole = count // BLOCK_SIZE * BLOCK_SIZE
+    for i in range(0, whole, BLOCK_SIZE):
+        _compress(gradients, i, None, BLOCK_SIZE)
+    if whole < count:
+        _compress(gradients, whole, count, BLOCK_SIZE)
 
 
 # -- The update u = a f + b r ------------------------------------------------------------------------------------------
@@ -254,6 +439,67 @@ def blend_kernel(
         _store(out_ptr, whole, count, u, BLOCK_SIZE)
 
 
+@triton.jit
+def _metric_blend_block(
+    gradients,
+    v_ptr,
+    out_ptr,
+    metric,
+    first,
+    count,
+    found,
+    a,
+    b,
+    FORGET: tl.constexpr,
+    RETAIN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    moment = _retain_moment(v_ptr, gradients, metric, first, count, RETAIN, COMPUTE, BLOCK_SIZE)
+    u = _update(gradients, first, count, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE)
+    if found is not None:
+        moment = tl.where(found, _load(v_ptr, first, count, COMPUTE, BLOCK_SIZE), moment)
+    _store(v_ptr, first, count, moment, BLOCK_SIZE)
+    _store(out_ptr, first, count, u, BLOCK_SIZE)
+
+
+@triton.jit
+def metric_blend_kernel(
+    table_ptr,
+    programs_ptr,
+    coefficients_ptr,
+    metric_ptr,
+    found_inf_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STASH: tl.constexpr,
+    FORGET: tl.constexpr,
+    RETAIN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """As the blend, and v <- the second moment of r, unless something was found."""
+    line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, 3)
+    start = chunk * CHUNK_SIZE
+    gradients = _gradients_at(line_ptr, start, GRAD, STASH, VECTOR)
+    v_ptr = _at(line_ptr, 2, start, PARAM, VECTOR)
+    a, b = _coefficients(coefficients_ptr, line_ptr, COMPUTE)
+    metric = _metric_numbers(metric_ptr, line_ptr, COMPUTE)
+    found = None if found_inf_ptr is None else tl.load(found_inf_ptr) != 0
+    out_ptr = gradients[1] if RETAIN else gradients[0]
+    whole = count // BLOCK_SIZE * BLOCK_SIZE
+    for i in range(0, whole, BLOCK_SIZE):
+        _metric_blend_block(
+            gradients, v_ptr, out_ptr, metric, i, None, found, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE
+        )
+    if whole < count:
+        _metric_blend_block(
+            gradients, v_ptr, out_ptr, metric, whole, count, found, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE
+        )
+
+
 # -- Fused optimizers --------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +528,7 @@ def _adam_block(
     gradients,
     state,
     numbers,
+    metric,
     first,
     count,
     FORGET: tl.constexpr,
@@ -300,14 +547,18 @@ def _adam_block(
     else:
         grad = grad + decay * param
     m = beta1 * _load(m_ptr, first, count, COMPUTE, BLOCK_SIZE) + rest1 * grad
-    v = beta2 * _load(v_ptr, first, count, COMPUTE, BLOCK_SIZE) + rest2 * grad * grad
+    if metric is None:
+        v = beta2 * _load(v_ptr, first, count, COMPUTE, BLOCK_SIZE) + rest2 * grad * grad
+    else:
+        v = _retain_moment(v_ptr, gradients, metric, first, count, RETAIN, COMPUTE, BLOCK_SIZE)
     _store(m_ptr, first, count, m, BLOCK_SIZE)
     _store(v_ptr, first, count, v, BLOCK_SIZE)
     if AMSGRAD:
         seen = _load(vmax_ptr, first, count, COMPUTE, BLOCK_SIZE)
         v = tl.where(seen < v, v, seen)
         _store(vmax_ptr, first, count, v, BLOCK_SIZE)
-    param = param - _divide(step_size * m, _divide(_sqrt(v), bias2_sqrt) + eps)
+    denominator = _divide(_sqrt(v), bias2_sqrt) + eps if metric is None else _metric_denominator(v, metric)
+    param = param - _divide(step_size * m, denominator)
     _store(p_ptr, first, count, param, BLOCK_SIZE)
 
 
@@ -320,6 +571,7 @@ def adam_kernel(
     sizes_ptr,
     lr_ptr,
     found_inf_ptr,
+    metric_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STASH: tl.constexpr,
@@ -332,7 +584,7 @@ def adam_kernel(
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The step of Adam or AdamW (DECOUPLED) on u, which stays in registers."""
+    """The step of Adam or AdamW (DECOUPLED) on u, which stays in registers; in the metric where there is one."""
     TENSORS: tl.constexpr = 6 if AMSGRAD else 5
     line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, TENSORS)
     count = _none_if_found(count, found_inf_ptr)
@@ -358,12 +610,15 @@ def adam_kernel(
     step_size = tl.load(size_ptr).to(COMPUTE)
     bias2_sqrt = tl.load(size_ptr + 1).to(COMPUTE)
     numbers = (sign * a, sign * b, beta1, rest1, beta2, rest2, eps, decay.to(COMPUTE), step_size, bias2_sqrt)
+    metric = None if metric_ptr is None else _metric_numbers(metric_ptr, line_ptr, COMPUTE)
 
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
-        _adam_block(gradients, state, numbers, i, None, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE)
+        _adam_block(gradients, state, numbers, metric, i, None, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE)
     if whole < count:
-        _adam_block(gradients, state, numbers, whole, count, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE)
+        _adam_block(
+            gradients, state, numbers, metric, whole, count, FORGET, RETAIN, AMSGRAD, DECOUPLED, COMPUTE, BLOCK_SIZE
+        )
 
 
 @triton.jit
@@ -371,6 +626,7 @@ def _sgd_block(
     gradients,
     state,
     numbers,
+    metric,
     first,
     count,
     FORGET: tl.constexpr,
@@ -381,7 +637,7 @@ def _sgd_block(
     COMPUTE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    p_ptr, buffer_ptr = state
+    p_ptr, buffer_ptr, v_ptr = state
     a, b, lr, decay, momentum, take = numbers
     param = _load(p_ptr, first, count, COMPUTE, BLOCK_SIZE)
     grad = _update(gradients, first, count, a, b, FORGET, RETAIN, COMPUTE, BLOCK_SIZE) + decay * param
@@ -392,6 +648,10 @@ def _sgd_block(
             moved = momentum * _load(buffer_ptr, first, count, COMPUTE, BLOCK_SIZE) + take * grad
         _store(buffer_ptr, first, count, moved, BLOCK_SIZE)
         grad = grad + momentum * moved if NESTEROV else moved
+    if metric is not None:
+        v = _retain_moment(v_ptr, gradients, metric, first, count, RETAIN, COMPUTE, BLOCK_SIZE)
+        _store(v_ptr, first, count, v, BLOCK_SIZE)
+        grad = _divide(grad, _metric_denominator(v, metric))
     _store(p_ptr, first, count, param - lr * grad, BLOCK_SIZE)
 
 
@@ -403,6 +663,7 @@ def sgd_kernel(
     numbers_ptr,
     lr_ptr,
     found_inf_ptr,
+    metric_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STASH: tl.constexpr,
@@ -416,15 +677,18 @@ def sgd_kernel(
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The step of SGD on u, which stays in registers."""
-    TENSORS: tl.constexpr = 4 if MOMENTUM else 3
+    """The step of SGD on u, which stays in registers; in the metric where there is one."""
+    OWN: tl.constexpr = 4 if MOMENTUM else 3
+    TENSORS: tl.constexpr = OWN if metric_ptr is None else OWN + 1
     line_ptr, chunk, count = _chunk(table_ptr, programs_ptr, CHUNK_SIZE, TENSORS)
     count = _none_if_found(count, found_inf_ptr)
     start = chunk * CHUNK_SIZE
     gradients = _gradients_at(line_ptr, start, GRAD, STASH, VECTOR)
     p_ptr = _at(line_ptr, 2, start, PARAM, VECTOR)
     buffer_ptr = _at(line_ptr, 3, start, PARAM, VECTOR) if MOMENTUM else p_ptr
-    state = (p_ptr, buffer_ptr)
+    v_ptr = p_ptr if metric_ptr is None else _at(line_ptr, OWN, start, PARAM, VECTOR)
+    state = (p_ptr, buffer_ptr, v_ptr)
+    metric = None if metric_ptr is None else _metric_numbers(metric_ptr, line_ptr, COMPUTE)
 
     a, b = _coefficients(coefficients_ptr, line_ptr, COMPUTE)
     sign = tl.load(numbers_ptr).to(COMPUTE)
@@ -437,9 +701,22 @@ def sgd_kernel(
     whole = count // BLOCK_SIZE * BLOCK_SIZE
     for i in range(0, whole, BLOCK_SIZE):
         _sgd_block(
-            gradients, state, numbers, i, None, FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP, COMPUTE, BLOCK_SIZE
+            gradients,
+            state,
+            numbers,
+            metric,
+            i,
+            None,
+            FORGET,
+            RETAIN,
+            MOMENTUM,
+            NESTEROV,
+            FIRST_STEP,
+            COMPUTE,
+            BLOCK_SIZE,
         )
     if whole < count:
         _sgd_block(
-            gradients, state, numbers, whole, count, FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP, COMPUTE, BLOCK_SIZE
-        )
+            gradients, state, numbers, metric, whole, count,
+            FORGET, RETAIN, MOMENTUM, NESTEROV, FIRST_STEP, COMPUTE, BLOCK_SIZE,
+        )  # fmt: skip

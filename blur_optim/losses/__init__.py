@@ -3,7 +3,9 @@
 Small functions on logits, labels, log-probabilities and activations, so that they serve any causal model.
 """
 
+from blur_optim.losses.forward import model_logits, run_model
 from blur_optim.losses.reference import (
+    adapter_changes,
     reference_log_probs,
     reference_logits,
     stored_reference_log_probs,
@@ -34,16 +36,19 @@ __all__ = [
     "IGNORE_INDEX",
     "CapturedActivations",
     "ReferenceLogProbs",
+    "adapter_changes",
     "capture_activations",
     "dpo_loss",
     "ga_loss",
     "kl_loss",
+    "model_logits",
     "nll_loss",
     "npo_loss",
     "reference_log_probs",
     "reference_logits",
     "rmu_forget_loss",
     "rmu_retain_loss",
+    "run_model",
     "sequence_log_probs",
     "simnpo_loss",
     "steering_vector",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blur_optim.losses.fingerprints import missing_keys
+from blur_optim.parallel.engines import is_zero3
 from blur_optim.parallel.fsdp1 import fsdp1_ids
 from blur_optim.parallel.ranks import is_dtensor
 
@@ -40,11 +41,12 @@ class Turn(NamedTuple):
 
 
 def is_fsdp(model: nn.Module) -> bool:
-    """Whether a forward gathers the shards of all ranks, each of which may have a batch of its own: FSDP2, FSDP1.
+    """Whether a forward gathers the shards of all ranks, each of which may have a batch of its own: FSDP, ZeRO-3.
 
     Not under tensor parallelism alone, where ranks compute parts of the same batch.
     """
-    return bool(_fsdp2_modules(model) or fsdp1_ids(model.parameters()))
+    params = list(model.parameters())
+    return bool(_fsdp2_modules(model) or fsdp1_ids(params) or is_zero3(params))
 
 
 def _fsdp2_modules(model: nn.Module) -> list[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ def capture_activations(module: nn.Module) -> Iterator[CapturedActivations]:
 
     .. math:: h_{i,t} = M_\ell(x_{i,\leq t})
 
-    Layers above the module still run, but a loss on ``output`` sends them no gradient.
+    Layers above the module still run, but a loss on ``output`` sends them no gradient. A compiled model runs as it was
+    before ``torch.compile``: compiled code does not look for hooks that came after it.
 
     Args:
         module: layer l, such as ``model.model.layers[7]``; returns [B, T, H], or a tuple that starts with it.
@@ -137,9 +139,18 @@ def capture_activations(module: nn.Module) -> Iterator[CapturedActivations]:
     captured = CapturedActivations()
     handle = module.register_forward_hook(captured._record)
     try:
-        yield captured
+        with _uncompiled():
+            yield captured
     finally:
         handle.remove()
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    # Nothing to undo before dynamo was loaded, and within compiled code it is dynamo that sees the hook.
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 def _activation_loss(activations: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from blur_optim.losses.checks import import_optional
 from blur_optim.losses.fingerprints import example_keys, missing_keys, model_fingerprint
+from blur_optim.losses.forward import model_inputs
 from blur_optim.losses.log_prob_file import import_safetensors, read_log_probs, write_log_probs
-from blur_optim.losses.reference import MODEL_INPUTS, reference_log_probs
+from blur_optim.losses.reference import reference_log_probs
 from blur_optim.losses.reference_ranks import (
     NO_BATCHES,
     check_ranks,
@@ -104,7 +105,8 @@ class ReferenceLogProbs:
 
         Args:
             path: a safetensors file, which need not exist; nor need its folder.
-            model: the model before its first unlearning step, or any reference, see :func:`reference_logits`.
+            model: the model before its first unlearning step, or any reference. A PEFT adapter counts as it is, as
+                one that was trained before is part of the model that is to forget.
             batches: the whole data set, as for :func:`reference_log_probs`, such as a DataLoader. On any device,
                 in any order; an example that occurs more than once is computed once.
             save_every: seconds; not more than these and one batch of work are lost if the process is killed.
@@ -210,24 +212,36 @@ class ReferenceLogProbs:
 def _compute(
     model: nn.Module, batch: Mapping[str, Tensor], keys: Mapping[int, bytes], position: int
 ) -> dict[bytes, float]:
-    log_probs = reference_log_probs(model, _rows_for(model, batch, list(keys))).tolist()
-    for row, value in zip(keys, log_probs, strict=True):
+    found = _log_probs_of(model, batch, list(keys))
+    for row, value in zip(keys, found, strict=True):
         if not math.isfinite(value):
             raise ValueError(
                 f"`model` must give every example a finite log-probability, got {value} for row {row} of "
                 f"batches[{position}]."
             )
-    return dict(zip(keys.values(), log_probs, strict=True))
+    return dict(zip(keys.values(), found, strict=True))
 
 
-def _rows_for(model: nn.Module, batch: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    """Return some rows of what the reference reads, on the model's device."""
+def _log_probs_of(model: nn.Module, batch: Mapping[str, Tensor], rows: list[int]) -> list[float]:
+    """Compute the log-probabilities of some rows, on the model's device."""
     size = len(batch["labels"])
     device = next((input_device(param) for param in model.parameters()), batch["labels"].device)
-    inputs = {name: batch[name] for name in (*MODEL_INPUTS, "labels") if name in batch}
-    if len(rows) < size:  # A whole batch stays as it is, so that its numbers are those of reference_log_probs.
-        inputs = {name: tensor.expand(size, -1)[rows] for name, tensor in inputs.items()}
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    inputs = {**model_inputs(batch), "labels": batch["labels"]}
+    if getattr(inputs.get("position_ids"), "ndim", 2) == 1:  # The same for all rows.
+        inputs["position_ids"] = inputs["position_ids"][None]
+    # A whole batch stays as it is, so that its numbers are those of reference_log_probs.
+    some = len(rows) < size and all(_has_rows(name, value, size) for name, value in inputs.items())
+    if some:
+        inputs = {name: value.expand(size, *value.shape[1:])[rows] for name, value in inputs.items()}
+    inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+    found: list[float] = reference_log_probs(model, inputs, with_adapter=True).tolist()
+    return found if some else [found[row] for row in rows]
+
+
+def _has_rows(name: str, value: object, size: int) -> bool:
+    if name == "position_ids" and isinstance(value, Tensor) and value.dim() == 3:  # Of images: [3, B, T].
+        return False
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) in (1, size)
 
 
 def _with_progress(batches: Batches, progress: bool | Callable[[Batches], Batches]) -> Batches:

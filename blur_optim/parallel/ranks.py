@@ -22,7 +22,7 @@ from blur_optim.parallel.fsdp1 import fsdp1_handles, fsdp1_ids
 # Names of mesh dimensions that parameters are neither sharded nor replicated over. Most stages also differ in size and
 # fail the comparison of ranks; those of equal size look like replicas.
 _PIPELINES = ("pp", "pipe", "pipeline", "stage")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # Of a fingerprint: its square times the number of ranks stays exact in float64 up to 2^17 ranks.
 _BITS = 18
 
@@ -51,7 +51,7 @@ def to_local(t: Tensor) -> Tensor:
 def to_locals(tensors: Iterable[Tensor]) -> list[Tensor]:
     """:func:`to_local` of each; next to nothing where none is distributed."""
     tensors = list(tensors)
-    if set(map(type, tensors)) <= _PLAIN:
+    if set(map(type, tensors)) <= PLAIN:
         return tensors
     return [to_local(t) for t in tensors]
 
@@ -152,7 +152,7 @@ class Ranks:
         return shards / self._size
 
     def sum_(self, table: Tensor, facts: str) -> Tensor:
-        """Add the tables of all ranks, ``[n, 3]`` float64.
+        """Add the tables of all ranks, ``[n, 3 or more]`` float64.
 
         Args:
             facts: what has to be the same on all ranks. A fingerprint of it travels along. Where the ranks disagree the
@@ -235,7 +235,8 @@ class Ranks:
 
 
 def _row(table: Tensor, *values: int) -> Tensor:
-    """``[1, 3]``, made of fills: a copy from the host would synchronise."""
+    """``[1, columns]``, ending in zeros; made of fills: a copy from the host would synchronise."""
+    values += (0,) * (table.shape[1] - len(values))
     return torch.stack([table.new_full((), float(value)) for value in values])[None]
 
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from blur_optim.parallel.data_parallel import DataParallel
-from blur_optim.parallel.engines import check_no_engine
+from blur_optim.parallel.engines import REMEDY, Engines
 from blur_optim.parallel.fsdp1 import has_unreduced_fsdp1
 from blur_optim.parallel.fsdp2 import drop_held_back, holds_back
 
@@ -22,7 +22,7 @@ class Wrappers:
     """The wrappers around these parameters, and whether they have reduced what a phase computed."""
 
     def __init__(self) -> None:
-        self._data_parallel = DataParallel()
+        self._data_parallel, self._engines = DataParallel(), Engines()
 
     def begin(self, params: Sequence[Tensor]) -> None:
         """A phase begins.
@@ -30,7 +30,7 @@ class Wrappers:
         Raises:
             RuntimeError: an engine keeps the gradients of ``params``.
         """
-        check_no_engine(params)
+        self._engines.begin(params)
         self._data_parallel.begin(params)
 
     def end(self, params: Sequence[Tensor], dtensors: Sequence[Tensor], phase: str) -> None:
@@ -47,6 +47,12 @@ class Wrappers:
                 f"The {phase} phase must end with its gradients reduced, got gradients that FSDP still holds back. "
                 f"Before the last backward of the {phase} phase call model.set_requires_gradient_sync(True), and with "
                 "HSDP model.set_requires_all_reduce(True)."
+            )
+        if self._engines.end(params):
+            raise RuntimeError(
+                f"The {phase} phase must end with its gradients reduced, got those of this rank alone: the DeepSpeed "
+                "engine averages in the last micro-batch of its gradient_accumulation_steps, which it counts by its "
+                f"own steps. {REMEDY} Or set gradient_accumulation_steps to 1."
             )
         if has_unreduced_fsdp1(params) or self._data_parallel.end():
             _refuse_no_sync(phase)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blur_optim.optimizer import BLUR
 from blur_optim.record.record_file import FORMAT, Record, drop_torn_line, line_of, read_record
+from blur_optim.step.plan import own_name
 from blur_optim.step.statistics import StepStatistics, read_tensors
 
 __all__ = ["Record", "Recorder", "read_record"]
@@ -167,9 +168,9 @@ class Recorder:
     def _recorded(self, statistics: StepStatistics) -> dict[str, Any]:
         """What belongs to the step; tensors are still on their device."""
         recorded: dict[str, Any] = {**statistics.tensors()}
-        for name in ("gamma", "retain_weight", "lr"):
-            found = [group[name] for group in self.opt.param_groups if name in group]
-            recorded[name] = _of_groups(found)
+        for name in ("gamma", "retain_weight"):
+            recorded[name] = _of_groups([group[own_name(name, group)] for group in self.opt.param_groups])
+        recorded["lr"] = _of_groups([group["lr"] for group in self.opt.param_groups if "lr" in group])
         dots = statistics.parameter_dots
         if dots is not None and statistics.parameter_cosines is not None:
             recorded["alignment.cosine"] = statistics.parameter_cosines
@@ -196,8 +197,7 @@ class Recorder:
             "rule": rule,
             "normalize": opt.normalize,
             "scope": opt.scope,
-            "gamma": [float(group["gamma"]) for group in opt.param_groups],
-            "retain_weight": [float(group["retain_weight"]) for group in opt.param_groups],
+            **{n: [float(g[own_name(n, g)]) for g in opt.param_groups] for n in ("gamma", "retain_weight")},
             "max_grad_norm": opt.max_grad_norm,
             "stash": opt.stash,
             "backend": opt.backend,
@@ -240,9 +240,9 @@ def _parameter_names(opt: BLUR, model: nn.Module | None) -> dict[int, str]:
     """A name for the id of every parameter, in the order of the param groups."""
     known = {} if model is None else {id(p): _plain(name) for name, p in model.named_parameters()}
     names: dict[int, str] = {}
-    for index, group in enumerate(opt.param_groups):
+    for index, (group, params) in enumerate(zip(opt.param_groups, opt.params_by_group(), strict=True)):
         given = group.get("param_names") or []
-        for i, p in enumerate(group["params"]):
+        for i, p in enumerate(params):
             names[id(p)] = known.get(id(p)) or (_plain(given[i]) if i < len(given) else f"group{index}.{i}")
     return names
 

@@ -4,24 +4,26 @@ The base keeps its own state, made by its own initialisation: checkpoints move b
 in both directions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from blur_optim.kernels import FusedBackend, select_backend
 from blur_optim.kernels.layout import dense_alike, is_dense
 from blur_optim.optimizer_wrapper import supports_amp_scaling
-from blur_optim.parallel.ranks import to_local, to_locals
+from blur_optim.parallel.ranks import PLAIN, to_local, to_locals
 from blur_optim.step.base_state import BaseState
-from blur_optim.step.gradients import PairedGradients, Pairs, by_group
+from blur_optim.step.gradients import Pair, PairedGradients, Pairs, by_group
 from blur_optim.step.plan import any_missing
 from blur_optim.step.projection import Projection
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_ALL_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 _HALVES = frozenset((torch.bfloat16, torch.float16))
 
 
@@ -38,7 +40,7 @@ class FusedStep:
         base = self.base
         if type(base) not in _STEPS:
             return f"{type(base).__name__} has no fused update"
-        if _has_step_hooks(base) or "step" in base.__dict__:
+        if has_step_hooks(base) or "step" in base.__dict__:
             return "a hook or a wrapper of step may look at p.grad"
         if len(gradients.devices) != 1:
             return "the parameters are on several devices, or none has a gradient"
@@ -63,11 +65,11 @@ class FusedStep:
         """The learning rate of ``group`` as the kernels take it; the last one where it has not changed."""
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            return lr.to(device, torch.float64)
+            return learning_rate(group, device)
         if (lr, device) not in self._lrs:
             if len(self._lrs) > 2 * len(self.base.param_groups):  # Those of earlier steps of a schedule.
                 self._lrs.clear()
-            self._lrs[lr, device] = torch.full((), lr, dtype=torch.float64, device=device)
+            self._lrs[lr, device] = learning_rate(group, device)
         return self._lrs[lr, device]
 
     def state_of(self, params: Sequence[Tensor]) -> BaseState:
@@ -95,7 +97,7 @@ class FusedStep:
         state, params = self.state_of(pairs.params), to_locals(pairs.params)
         moments = state.read(_entries(self.base))[: len(_moments(self.base))]
         dtypes, grad_dtypes = {p.dtype for p in params}, {r.dtype for r in pairs.retain}
-        alike = len(dtypes) == 1 and dtypes <= _FLOATS
+        alike = len(dtypes) == 1 and dtypes <= _FLOATS and set(map(type, params)) <= PLAIN
         alike = alike and (grad_dtypes == dtypes or (dtypes == {torch.float32} and grad_dtypes <= _HALVES))
         if alike and gradients.contiguous and all(map(Tensor.is_contiguous, params)):
             if state.known_to_fit(dtypes, moments):
@@ -105,7 +107,7 @@ class FusedStep:
                 return True
         places = range(len(pairs))
         return all(
-            _fit(params[i], pairs.forget[i], pairs.retain[i], [to_local(m[i]) for m in moments if m[i] is not None])
+            fit(params[i], pairs.forget[i], pairs.retain[i], [to_local(m[i]) for m in moments if m[i] is not None])
             for i in places
         )
 
@@ -219,7 +221,7 @@ def _stacked(state_steps: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(state_steps).to(device, torch.float32, non_blocking=True)
 
 
-def _has_step_hooks(base: Optimizer) -> bool:
+def has_step_hooks(base: Optimizer) -> bool:
     return bool(
         base._optimizer_step_pre_hooks
         or base._optimizer_step_post_hooks
@@ -240,8 +242,24 @@ def _is_plain(moment: Tensor, dtypes: set[torch.dtype]) -> bool:
     return local.dtype in dtypes and local.is_contiguous()
 
 
-def _fit(param: Tensor, forget: Tensor, retain: Tensor, moments: Sequence[Tensor]) -> bool:
-    """What :meth:`FusedStep._fits` says, for one parameter of any layout."""
+def learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
+    """0-d float64 on ``device``."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        return lr.to(device, torch.float64)
+    return torch.full((), lr, dtype=torch.float64, device=device)
+
+
+def fits(pair: Pair, state: Mapping[str, Any]) -> bool:
+    """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
+    found = [to_local(state[name]) for name in _ALL_MOMENTS if state.get(name) is not None]
+    return fit(to_local(pair.param), pair.forget, pair.retain, found)
+
+
+def fit(param: Tensor, forget: Tensor, retain: Tensor, moments: Sequence[Tensor]) -> bool:
+    """The same, of real local tensors."""
+    if is_traceable_wrapper_subclass(param):
+        return False  # With a dispatch of its own (torchao's weights of 8 bits): its memory is something else.
     dtype = param.dtype
     if dtype not in _FLOATS or (retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in _HALVES)):
         return False

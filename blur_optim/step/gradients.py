@@ -62,8 +62,34 @@ class Pairs:
         chosen: dict[str, Any] = {name: values[start:stop] for name, values in self.lists().items()}
         return replace(self, **chosen)
 
+    def each(self) -> list["Pair"]:
+        """One by one."""
+        scales: Sequence[Tensor | None] = self.scales or [None] * len(self)
+        return [
+            Pair(p, f, r, row, group, scale if f.dtype == torch.int8 else None, member)
+            for p, f, r, row, group, scale, member in zip(
+                self.params, self.forget, self.retain, self.rows, self.groups, scales, self.members, strict=True
+            )
+        ]
+
     def lists(self) -> dict[str, list[Any]]:
         return {name: values for name, values in self.__dict__.items() if name != "weight"}
+
+
+class Pair(NamedTuple):
+    """One of :class:`Pairs`; ``scales`` is None where ``forget`` is not int8."""
+
+    param: Tensor
+    forget: Tensor
+    retain: Tensor
+    row: int
+    group: int
+    scales: Tensor | None = None
+    member: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.retain.device
 
 
 @dataclass

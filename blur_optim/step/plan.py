@@ -4,7 +4,7 @@ A check compares objects by identity, which costs some 15 ns a parameter; no ten
 values in the param groups are compared as such, for a scheduler writes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, repeat
@@ -33,6 +33,12 @@ def check_weight(name: str, value: Any) -> float:
     if not 0 <= weight < float("inf"):
         raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
     return weight
+
+
+def own_name(name: str, group: Mapping[str, Any]) -> str:
+    """Under what key a param group has BLUR's ``gamma`` or ``retain_weight``: with a prefix where its base has one."""
+    prefixed = f"blur_{name}"
+    return prefixed if prefixed in group else name
 
 
 def same_objects(some: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -94,13 +100,15 @@ class Rows:
     def weights(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``gammas`` and ``alphas`` as float64 on ``device``, without a copy from the host, which would synchronise."""
         if device not in self._on_device:
-            self._on_device[device] = _filled(self.gammas, device), _filled(self.alphas, device)
+            self._on_device[device] = filled(self.gammas, device), filled(self.alphas, device)
         return self._on_device[device]
 
-    @property
-    def are_on_the_host(self) -> bool:
-        """Whether all weights are numbers, which have been checked."""
-        return not any(isinstance(weight, Tensor) for weight in (*self.gammas, *self.alphas))
+    def are_sound(self, device: torch.device) -> Tensor | bool:
+        """Whether the weights are what :func:`check_weight` takes; where the host does not see them, a 0-d tensor."""
+        if not any(isinstance(weight, Tensor) for weight in (*self.gammas, *self.alphas)):
+            return True
+        gamma, alpha = self.weights(device)
+        return ((gamma >= 0) & (alpha >= 0) & (gamma + alpha).isfinite()).all()
 
     def facts(self, ranks: Ranks, forget: Sequence[Tensor | None], retain: Sequence[Tensor | None]) -> str:
         """What has to be the same on all ``ranks``, in words, for :meth:`Ranks.sum_`; empty where there is one rank.
@@ -133,7 +141,6 @@ class Plan:
     """
 
     def __init__(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        self._param_groups = param_groups
         self._lists = [list(group["params"]) for group in param_groups]
         self.params: list[Tensor] = [p for params in self._lists for p in params]
         self.groups = [index for index, params in enumerate(self._lists) for _ in params]
@@ -160,7 +167,7 @@ class Plan:
         Args:
             takes_part: of each parameter; None where all do.
         """
-        weights = [group[name] for group in param_groups for name in ("gamma", "retain_weight")]
+        weights = [group[own_name(name, group)] for group in param_groups for name in ("gamma", "retain_weight")]
         part = (takes_part, per_parameter)
         if self._rows is None or part != self._part:
             self._rows = self._make_rows(weights, takes_part, per_parameter)
@@ -195,7 +202,7 @@ def _distinct(weights: Sequence[Weight]) -> list[Any]:
     return sorted({weight for weight in weights if not isinstance(weight, Tensor)})
 
 
-def _filled(values: Sequence[Weight], device: torch.device) -> Tensor:
+def filled(values: Sequence[Weight], device: torch.device) -> Tensor:
     """``torch.tensor(values)`` without its host-to-device copy, which would synchronise: runs become fills."""
     runs: list[tuple[Weight, int]] = []
     for value in values:

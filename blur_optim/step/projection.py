@@ -1,6 +1,7 @@
 """From two sets of gradients to one: dots, coefficients, blend. The numbers of BLUR, without its bookkeeping."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,25 @@ from blur_optim.step.gradients import PairedGradients
 from blur_optim.step.plan import Rows
 from blur_optim.step.rules import Dots, update_norm_sq
 from blur_optim.step.settings import Settings
+
+
+class MetricSums(NamedTuple):
+    r"""What the dots in the metric say of each row, or of each parameter: ``[rows]`` float64 tensors.
+
+    Args:
+        dots: :math:`\langle g_r, P g_f\rangle, \langle g_f, P g_f\rangle, \langle g_r, P g_r\rangle`.
+        forget_sq, forget_fourth: the sums of :math:`(P g_f)^2` and :math:`(P g_f)^4` over the coordinates.
+        numel: the number of coordinates.
+    """
+
+    dots: Dots
+    forget_sq: Tensor
+    forget_fourth: Tensor
+    numel: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor) -> "MetricSums":
+        return cls(Dots(*table[:, 3:6].unbind(1)), table[:, 6], table[:, 7], table[:, 9])
 
 
 @dataclass(frozen=True)
@@ -23,6 +43,7 @@ class Projection:
         found_inf: 0-d float32, 1 where a dot is not finite. The form that fused optimizers take.
         params: those that took part, in the order of the param groups.
         parameter_dots: three ``[len(params)]`` tensors, where they were asked for.
+        in_metric, parameters_in_metric: the same in the metric of the retain loss, where the step has one.
     """
 
     dots: Dots
@@ -32,6 +53,8 @@ class Projection:
     found_inf: Tensor
     params: list[Tensor]
     parameter_dots: Dots | None = None
+    in_metric: MetricSums | None = None
+    parameters_in_metric: MetricSums | None = None
 
     @property
     def coefficients(self) -> Tensor:
@@ -83,10 +106,7 @@ def blend_(gradients: PairedGradients, coefficients: Tensor, backend: str | None
 def solve(table: Tensor, rows: Rows, settings: Settings, grad_scale: Tensor | float | None = None) -> Projection:
     """The scalar part: from the dots, as :func:`take_dots` has them, to the coefficients."""
     gamma, alpha = rows.weights(table.device)
-    sound = table.isfinite().all()
-    if not rows.are_on_the_host:  # What check_weight refuses; here the step is skipped, and counted.
-        sound = sound & ((gamma >= 0) & (alpha >= 0) & (gamma + alpha).isfinite()).all()
-    found_inf = (~sound).float()
+    found_inf = (~(table.isfinite().all() & rows.are_sound(table.device))).float()
     if grad_scale is not None:
         table = table / grad_scale / grad_scale
     parameter_dots = Dots(*table.unbind(1)) if settings.record_alignment else None

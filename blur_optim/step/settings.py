@@ -6,9 +6,11 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
+from blur_optim.step.plan import check_weight
 from blur_optim.step.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
 
 SCOPES = ("global", "group", "parameter")
+METRICS = ("euclidean", "retain")
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Settings:
     """The arguments of :class:`blur_optim.BLUR` that the numbers depend on.
 
     Args:
-        rule, normalize, scope, max_grad_norm, backend: as BLUR takes them.
+        rule, normalize, scope, max_grad_norm, backend, metric, damping: as BLUR takes them.
         record_alignment: take the dots of each parameter, and add them up to those of the rows.
 
     Raises:
@@ -29,6 +31,8 @@ class Settings:
     max_grad_norm: float | None = None
     backend: str | None = None
     record_alignment: bool = False
+    metric: str = "euclidean"
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, SCOPES)
@@ -37,6 +41,8 @@ class Settings:
             raise ValueError(f"`max_grad_norm` must be a positive number or None, got {norm!r}.")
         if not callable(self.rule):
             check_choice("rule", self.rule, RULES)
+        check_choice("metric", self.metric, METRICS)
+        check_weight("damping", self.damping)
 
     @cached_property
     def row_rule(self) -> Rule:
@@ -57,7 +63,8 @@ class Settings:
     @property
     def needs_scale(self) -> bool:
         """The update depends on the size of the gradients, so that a loss scale has to be known."""
-        return self.normalize or self.rule == "normalized" or callable(self.rule) or self.max_grad_norm is not None
+        depends = self.normalize or self.rule == "normalized" or callable(self.rule) or self.max_grad_norm is not None
+        return depends or self.metric != "euclidean"
 
     @property
     def needs_retain_norm(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blur_optim.step.projection import MetricSums
 from blur_optim.step.rules import Dots
 
 
@@ -34,6 +35,8 @@ class StepStatistics:
     skipped: Tensor
     params: Sequence[Tensor] = ()
     parameter_dots: Dots | None = None
+    in_metric: MetricSums | None = None
+    parameters_in_metric: MetricSums | None = None
 
     @property
     def dot_retain_forget(self) -> Tensor:

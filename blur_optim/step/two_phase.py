@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from blur_optim.parallel.ranks import Ranks
 from blur_optim.parallel.wrappers import Wrappers
-from blur_optim.step.base import step_base
+from blur_optim.step.base import check_differentiable, step_base
+from blur_optim.step.capture import check_capture, is_capturing
 from blur_optim.step.fused import FusedStep
 from blur_optim.step.gradients import PairedGradients, pair_gradients, take_gradients
 from blur_optim.step.phases import Phase, Phases
@@ -25,6 +26,8 @@ from blur_optim.step.recompute import recompute
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import STASHES
 
+_OUTSIDE = 6  # How many calls a warning about a step is away from the user's own line, about.
+
 Closure = Callable[[], Any]
 Amp = dict[str, Tensor | None]
 
@@ -33,7 +36,8 @@ class TwoPhaseStep:
     """The steps of one BLUR, one after another.
 
     What takes gradients from elsewhere than ``p.grad`` gives ``wrappers`` and ``ranks`` of its own, with the methods of
-    these two classes; what takes the base's step otherwise overrides :meth:`apply` and :meth:`step_base`.
+    these two classes, and perhaps other :meth:`groups`; what takes the base's step otherwise overrides :meth:`apply`
+    and :meth:`step_base`, as :class:`blur_optim.step.metric_step.MetricStep` does.
 
     Args:
         base: the optimizer that takes the update.
@@ -63,10 +67,10 @@ class TwoPhaseStep:
         self.phases, self.stash, self.fused = Phases(), STASHES[stash](backend), FusedStep(base)
         self.ranks = Ranks() if ranks is None else ranks
         self.wrappers = Wrappers() if wrappers is None else wrappers
-        self._plan = Plan(base.param_groups)
+        self._plan: Plan | None = None
         self.last: Projection | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
-        self._warned = False
+        self._warned = self._said_nothing = False
         self.end()
 
     # -- By closures -------------------------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ class TwoPhaseStep:
         with self.abandoning_on_error():
             self.phases.check_closures(self.has_gradients())
             _check_no_scaler(amp)
-            self._begin_forget(has_gradients=False)
+            self._begin_forget(False, settings, by_phases=False)
             forget_loss = self._evaluate(forget, "forget", self.has_gradients)
             self._end_forget()
             self.begin_retain(has_gradients=False)
@@ -104,22 +108,26 @@ class TwoPhaseStep:
     # -- By phases ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def forget_phase(self) -> Iterator[None]:
+    def forget_phase(self, settings: Settings) -> Iterator[None]:
         """The forget gradients are computed within, and wait in the stash afterwards."""
         self._drop_zeros()
         with self.abandoning_on_error():
-            self._begin_forget(self.has_gradients())
+            self._begin_forget(self.has_gradients(), settings, by_phases=True)
             yield
             self._end_forget()
 
-    def _begin_forget(self, has_gradients: bool) -> None:
+    def _begin_forget(self, has_gradients: bool, settings: Settings, by_phases: bool) -> None:
         self.phases.begin_forget(has_gradients)
+        check_differentiable(self.base.param_groups)
+        if is_capturing():
+            check_capture(self.base, self.plan.params, self.stash, settings, by_phases, self.two_evaluations)
         self.wrappers.begin(self.plan.params)
 
     def _end_forget(self) -> None:
         self.phases.end_forget()
         plan = self.plan
         self.wrappers.end(plan.params, plan.dtensors, "forget")
+        plan = self.plan  # An engine may know only now what it has gradients of.
         self.stash.take(plan.params, *take_gradients(plan))
 
     def begin_retain(self, has_gradients: bool | None = None) -> None:
@@ -130,6 +138,22 @@ class TwoPhaseStep:
         self.phases.end_retain()
         plan = self.plan
         self.wrappers.end(plan.params, plan.dtensors, "retain")
+
+    @contextmanager
+    def retain_phase(
+        self, settings: Callable[[], Settings], grad_scale: GradScaler | Tensor | float | None
+    ) -> Iterator[None]:
+        """The retain gradients are computed within; afterwards ``p.grad`` holds the update.
+
+        Args:
+            settings: asked when the phase ends.
+        """
+        with self.abandoning_on_error():
+            self.begin_retain()
+            yield
+            self.end_retain()
+            with torch.no_grad():
+                self.write_update(settings(), grad_scale)
 
     def write_update(self, settings: Settings, grad_scale: GradScaler | Tensor | float | None) -> None:
         """Leave the update in ``p.grad``."""
@@ -159,16 +183,20 @@ class TwoPhaseStep:
             waiting = self.stash.has(plan.params)
             parts = [f is not None or r is not None for f, r in zip(waiting, taken.grads, strict=True)]
             takes_part = None if all(parts) else parts
-        rows = plan.rows(self.base.param_groups, takes_part, settings.row_per_parameter)
+        rows = plan.rows(self.groups(), takes_part, settings.row_per_parameter)
         gradients = pair_gradients(rows, self.stash, self.ranks, taken if takes_part is None else None)
         del taken  # For gradients.clear() to be the end of them.
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
-        projection = project(gradients, settings, grad_scale)
+        projection = self.solve(gradients, settings, grad_scale)
         self._record(gradients, projection)
         self._scale_needed = grad_scale is None and settings.needs_scale
         return gradients, projection
+
+    def solve(self, gradients: PairedGradients, settings: Settings, grad_scale: Tensor | float | None) -> Projection:
+        """The coefficients from the paired gradients."""
+        return project(gradients, settings, grad_scale)
 
     def _recompute(self, retain: Closure, settings: Settings) -> tuple[Any, PairedGradients, Projection]:
         plan = self.plan
@@ -176,7 +204,7 @@ class TwoPhaseStep:
         loss, gradients, projection, applied = recompute(
             lambda has_gradients: self._evaluate(retain, "retain", has_gradients),
             plan,
-            self.base.param_groups,
+            self.groups(),
             self.stash,
             settings,
             self.ranks,
@@ -186,6 +214,7 @@ class TwoPhaseStep:
         return loss, gradients, applied
 
     def _record(self, gradients: PairedGradients, projection: Projection) -> None:
+        self._warn_if_nothing(gradients, projection)
         self.last, self._found_inf = projection, projection.found_inf
         if self.skipped.device != self._found_inf.device:
             self.skipped = self.skipped.to(self._found_inf.device)
@@ -210,12 +239,21 @@ class TwoPhaseStep:
 
     # -- Bookkeeping -------------------------------------------------------------------------------------------------
 
+    def groups(self) -> Sequence[dict[str, Any]]:
+        """The param groups: in each, parameters with the gradients that are combined, and their weights."""
+        return self.base.param_groups
+
     @property
     def plan(self) -> Plan:
         """The parameters as they are now."""
-        if not self._plan.holds(self.base.param_groups):
-            self._plan = Plan(self.base.param_groups)
+        groups = self.groups()
+        if self._plan is None or not self._plan.holds(groups):
+            self._plan = Plan(groups)
         return self._plan
+
+    def params(self) -> list[Tensor]:
+        """All parameters as they are now."""
+        return self.plan.params
 
     def has_gradients(self) -> bool:
         plan = self.plan
@@ -229,6 +267,18 @@ class TwoPhaseStep:
         self.wrappers.drop(plan.dtensors)
         self.end()
         self._zeros = [(grad, grad._version) for p in plan.params if (grad := p.grad) is not None]
+
+    def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """After the state dict with these groups was loaded."""
+        if any("retain_mean_sq" in group for group in param_groups):
+            for group in self.base.param_groups:
+                group.pop("retain_mean_sq", None)
+            warnings.warn(
+                "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the "
+                "retain gradient, which may be smaller than that of the update by far, and the first steps larger. "
+                "Pass metric='retain' here too, or lower the rate until it is forgotten.",
+                stacklevel=3,
+            )
 
     def discard(self) -> None:
         """Drop every gradient, stashed or not, and with them the step."""
@@ -260,6 +310,7 @@ class TwoPhaseStep:
             missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.plan.dtensors)
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
+                self._check_reached(name, has_gradients)
                 missing = False
         if not missing:
             # Detached, so that the graph of the forget loss does not live through the retain phase.
@@ -268,6 +319,36 @@ class TwoPhaseStep:
             f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
             "where there is nothing to compute in this step."
         )
+
+    def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
+        params = self.params()
+        self.ranks.update(params, self.plan.dtensors)
+        # With many ranks, others may have the parameters that this loss depends on.
+        if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(self.plan.dtensors)):
+            trainable = sum(p.requires_grad for p in params)
+            raise RuntimeError(
+                f"`{name}` must return a loss of this optimizer's parameters, got one whose backward reached none of "
+                f"them ({trainable} of {len(params)} require grad). Is it the loss of another model, or of a copy?"
+            )
+
+    def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
+        """Say once that a step cannot move anything, where to know it costs nothing."""
+        params = self.params()
+        if self._said_nothing or self.ranks.are_many or not params:
+            return
+        if not gradients.pairs:
+            what = "neither phase left a gradient on any of its parameters. Were they run on another model, or is "
+            what += "everything frozen (an adapter loaded for inference)?"
+        elif (
+            any(map(Tensor.numel, gradients.pairs.forget))
+            and projection.dots.forget_norm_sq.is_cpu
+            and not projection.dots.forget_norm_sq.any()
+        ):
+            what = "the forget gradient is zero everywhere, so there is nothing to forget. Is every label masked?"
+        else:
+            return
+        self._said_nothing = True
+        warnings.warn(f"BLUR took a step, but {what}", stacklevel=_OUTSIDE)
 
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""

@@ -22,6 +22,16 @@
 #define BLUR_OPTIM_CUDA_BLOCK 256
 #define BLUR_OPTIM_CUDA_CHUNK 16384
 #endif
+// What benchmarks/gpu/tuning.py also tries other values of; none of them changes a bit of a result.
+#ifndef BLUR_OPTIM_CUDA_UNROLL
+#define BLUR_OPTIM_CUDA_UNROLL 4
+#endif
+#ifndef BLUR_OPTIM_CUDA_MIN_BLOCKS
+#define BLUR_OPTIM_CUDA_MIN_BLOCKS 0
+#endif
+#ifndef BLUR_OPTIM_CUDA_ARGUMENTS
+#define BLUR_OPTIM_CUDA_ARGUMENTS 4096
+#endif
 
 namespace blur_optim::cuda {
 namespace {
@@ -34,7 +44,11 @@ constexpr int kWarps = kBlock / 32;
 constexpr int kChunk = BLUR_OPTIM_CUDA_CHUNK;
 // The most float32 products added one by one. See kRun of the CPU kernels: long runs of coarse values are biased.
 constexpr int kRun = 16;
-constexpr size_t kArgumentBytes = 4096;  // What every driver takes for the arguments of one launch.
+// Packs of each gradient that a thread of the dots has in flight at a time.
+constexpr int kDotsUnroll = BLUR_OPTIM_CUDA_UNROLL;
+constexpr int kMinBlocks = BLUR_OPTIM_CUDA_MIN_BLOCKS;  // For __launch_bounds__; 0 leaves the registers to the compiler.
+// What every driver takes for the arguments of one launch. (Since CUDA 12.1 a newer one takes 32764.)
+constexpr size_t kArgumentBytes = BLUR_OPTIM_CUDA_ARGUMENTS;
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 template <class T>
@@ -198,6 +212,7 @@ struct Gradients {
   __device__ C restored(F f, C scale) const {
     return std::is_same_v<F, int8_t> ? C(to_compute(f)) * scale : C(to_compute(f));
   }
+  __device__ C retained(G r) const { return has_retain ? to_compute(r) : C(0); }
 };
 
 // The two gradients of an element as one: u = a f + b r.
@@ -215,6 +230,19 @@ struct Update : Gradients<G, F> {
     const C af = a * this->restored(f, scale), br = b * to_compute(r);
     return this->has_forget && this->has_retain ? br + af : this->has_forget ? af : br;
   }
+};
+
+// The metric of the retain loss at one tensor, from its row of the operators' `metric`; see Metric.
+template <class C>
+struct MetricConstants {
+  C beta2, rest2, inverse_correction, damping, eps;
+
+  __device__ MetricConstants(const double* metric, int64_t tensor) {
+    const double* const row = metric + kMetricNumbers * tensor;
+    beta2 = C(row[0]), rest2 = C(row[1]), inverse_correction = C(row[2]), damping = C(row[3]), eps = C(row[4]);
+  }
+  __device__ C moment(C v, C r) const { return beta2 * v + rest2 * r * r; }
+  __device__ C denominator(C corrected) const { return sqrt(corrected + damping) + eps; }
 };
 
 template <class AnyTable>
@@ -290,6 +318,14 @@ int for_each_gradients(const Visitor& visit) {
   error = error ? error : for_each_forget(__nv_bfloat16(), visit);
   error = error ? error : for_each_forget(__half(), visit);
   return error ? error : for_each_forget(double(), visit);
+}
+// Call visit(param, retain, forget) with a number of each type that are found together, until one returns an error.
+template <class Visitor>
+int for_each_types(const Visitor& visit) {
+  int error = for_each_gradients([&](auto retain, auto forget) { return visit(retain, retain, forget); });
+  const auto beside_float = [&](auto retain, auto forget) { return visit(float(), retain, forget); };
+  error = error ? error : for_each_forget(__nv_bfloat16(), beside_float);
+  return error ? error : for_each_forget(__half(), beside_float);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ struct SgdArguments {
   DeviceScalars scalars;
   SgdOptions options;
 };
-using SgdTable = Table<5, SgdArguments>;
+using SgdTable = Table<6, SgdArguments>;
 
 struct CorrectionsTable {
   const float* steps;
@@ -34,9 +34,15 @@ __global__ void __launch_bounds__(kBlock) corrections_kernel(const __grid_consta
   table.out[2 * i + 1] = sqrt(1 - pow(table.beta2, step));
 }
 
+template <class C, bool kMetric>
+__device__ auto metric_of(const DeviceScalars& scalars, int64_t tensor) {
+  if constexpr (kMetric) return MetricConstants<C>(scalars.metric, tensor);
+}
+
 // For float64 the compiler would rather spill registers than run fewer blocks at a time, unless one is enough.
-template <class P, class G, class F, bool kAmsgrad>
-__global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(const __grid_constant__ AdamTable table) {
+template <class P, class G, class F, bool kAmsgrad, bool kMetric>
+__global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : kMinBlocks)
+    adam_kernel(const __grid_constant__ AdamTable table) {
   using C = Compute<P>;
   constexpr int N = kPack<P, G, F>;
   const AdamOptions& o = table.options.options;
@@ -54,6 +60,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
   const C beta1 = C(o.beta1), beta2 = C(o.beta2), rest1 = C(1 - o.beta1), rest2 = C(1 - o.beta2), eps = C(o.eps);
   const C step_size = C(table.options.corrections[2 * entry.tensor]);
   const C correction2_sqrt = C(table.options.corrections[2 * entry.tensor + 1]);
+  [[maybe_unused]] const auto metric = metric_of<C, kMetric>(scalars, entry.tensor);
   for_each_pack<N, 1>(piece.numel, aligned<N>(p, m, v, vmax, u.forget, u.retain), [&](int i, auto access) {
     F f[N];
     G r[N];
@@ -75,7 +82,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
       else
         grad += decay * param;
       const C m_new = beta1 * to_compute(ms[k]) + rest1 * grad;
-      const C v_new = beta2 * to_compute(vs[k]) + rest2 * grad * grad;
+      C v_new;
+      if constexpr (kMetric)
+        v_new = metric.moment(to_compute(vs[k]), C(u.retained(r[k])));
+      else
+        v_new = beta2 * to_compute(vs[k]) + rest2 * grad * grad;
       round_to(ms[k], m_new);
       round_to(vs[k], v_new);
       C second = v_new;
@@ -84,7 +95,12 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
         second = seen < v_new ? v_new : seen;
         round_to(vmaxs[k], second);
       }
-      round_to(ps[k], param - step_size * m_new / (sqrt(second) / correction2_sqrt + eps));
+      C denominator;
+      if constexpr (kMetric)
+        denominator = metric.denominator(second * metric.inverse_correction);
+      else
+        denominator = sqrt(second) / correction2_sqrt + eps;
+      round_to(ps[k], param - step_size * m_new / denominator);
     }
     access.store(p + i, ps);
     access.store(m + i, ms);
@@ -93,8 +109,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(P) == 8 ? 1 : 0) adam_kernel(co
   });
 }
 
-template <class P, class G, class F, bool kMomentum>
-__global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ SgdTable table) {
+template <class P, class G, class F, bool kMomentum, bool kMetric>
+__global__ void __launch_bounds__(kBlock, kMinBlocks) sgd_kernel(const __grid_constant__ SgdTable table) {
   using C = Compute<P>;
   constexpr int N = kPack<P, G, F>;
   const SgdOptions& o = table.options.options;
@@ -104,21 +120,24 @@ __global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ Sgd
   const auto& entry = table.entries[piece.entry];
   P* const p = at<P>(entry.pointers[0], piece.offset);
   P* const buffer = kMomentum ? at<P>(entry.pointers[1], piece.offset) : nullptr;
+  P* const v = kMetric ? at<P>(entry.pointers[2], piece.offset) : nullptr;
   const Update<G, F> u(entry, piece.offset, scalars.coefficients + 2 * entry.key, o.maximize);
   const C lr = C(*scalars.lr), decay = C(o.weight_decay), momentum = C(o.momentum);
   const bool first_step = o.first_step, nesterov = o.nesterov;
   // The first step starts the buffer with the gradient itself, undamped.
   const C keep = C(first_step ? 0 : o.momentum), take = C(first_step ? 1 : 1 - o.dampening);
-  for_each_pack<N, 1>(piece.numel, aligned<N>(p, buffer, u.forget, u.retain), [&](int i, auto access) {
+  [[maybe_unused]] const auto metric = metric_of<C, kMetric>(scalars, entry.tensor);
+  for_each_pack<N, 1>(piece.numel, aligned<N>(p, buffer, v, u.forget, u.retain), [&](int i, auto access) {
     F f[N];
     G r[N];
     P ps[N];
-    [[maybe_unused]] P buffers[N];
+    [[maybe_unused]] P buffers[N], vs[N];
     access.read(f, u.forget + i);
     access.read(r, u.retain + i);
     const auto scale = u.scale(i);
     access.load(ps, p + i);
     if constexpr (kMomentum) access.load(buffers, buffer + i);
+    if constexpr (kMetric) access.load(vs, v + i);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const C param = to_compute(ps[k]);
@@ -128,20 +147,17 @@ __global__ void __launch_bounds__(kBlock) sgd_kernel(const __grid_constant__ Sgd
         round_to(buffers[k], moved);
         grad = nesterov ? grad + momentum * moved : moved;
       }
+      if constexpr (kMetric) {
+        const C v_new = metric.moment(to_compute(vs[k]), C(u.retained(r[k])));
+        round_to(vs[k], v_new);
+        grad = grad / metric.denominator(v_new * metric.inverse_correction);
+      }
       round_to(ps[k], param - lr * grad);
     }
     access.store(p + i, ps);
     if constexpr (kMomentum) access.store(buffer + i, buffers);
+    if constexpr (kMetric) access.store(v + i, vs);
   });
-}
-
-// Call visit(param, retain, forget) with a number of each type that are found together, until one returns an error.
-template <class Visitor>
-int for_each_types(const Visitor& visit) {
-  int error = for_each_gradients([&](auto retain, auto forget) { return visit(retain, retain, forget); });
-  const auto beside_float = [&](auto retain, auto forget) { return visit(float(), retain, forget); };
-  error = error ? error : for_each_forget(__nv_bfloat16(), beside_float);
-  return error ? error : for_each_forget(__half(), beside_float);
 }
 
 }  // namespace
@@ -156,7 +172,9 @@ int blur_optim_cuda_adam(const AdamTensors* tensors, int64_t count, const AdamOp
     using P = decltype(param);
     using G = decltype(retain);
     using F = decltype(forget);
-    const auto kernel = options->amsgrad ? adam_kernel<P, G, F, true> : adam_kernel<P, G, F, false>;
+    const auto kernel = scalars.metric
+                            ? options->amsgrad ? adam_kernel<P, G, F, true, true> : adam_kernel<P, G, F, false, true>
+                            : options->amsgrad ? adam_kernel<P, G, F, true, false> : adam_kernel<P, G, F, false, false>;
     Batch<AdamTable> batch(kernel, {scalars, workspace, *options}, stream);
     for (int64_t i = 0; i < count; ++i) {
       const AdamTensors& t = tensors[i];
@@ -173,11 +191,14 @@ int blur_optim_cuda_sgd(const SgdTensors* tensors, int64_t count, const SgdOptio
     using P = decltype(param);
     using G = decltype(retain);
     using F = decltype(forget);
-    const auto kernel = options->momentum != 0 ? sgd_kernel<P, G, F, true> : sgd_kernel<P, G, F, false>;
+    const bool momentum = options->momentum != 0;
+    const auto kernel = scalars.metric ? momentum ? sgd_kernel<P, G, F, true, true> : sgd_kernel<P, G, F, false, true>
+                                       : momentum ? sgd_kernel<P, G, F, true, false> : sgd_kernel<P, G, F, false, false>;
     Batch<SgdTable> batch(kernel, {scalars, *options}, stream);
     for (int64_t i = 0; i < count; ++i) {
       const SgdTensors& t = tensors[i];
-      if (t.dtype == kDtype<P> && is_of<G, F>(t.grads)) batch.add(t.grads, t.grads.row, i, t.param, t.momentum_buffer);
+      if (t.dtype == kDtype<P> && is_of<G, F>(t.grads))
+        batch.add(t.grads, t.grads.row, i, t.param, t.momentum_buffer, t.exp_avg_sq);
     }
     return batch.flush();
   });

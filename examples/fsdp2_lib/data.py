@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from shared_lib.encoding import PROMPT
 from shared_lib.errors import InputError
-from shared_lib.records import read_json_lines, short, text_field
+from shared_lib.formats import records_of
+from shared_lib.records import short, text_field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -51,7 +52,7 @@ def read_examples(option: str, path: Path, tokenizer: PreTrainedTokenizerBase, l
     """
     if not path.is_file():
         raise InputError(f"{option}: there is no file {path}.")
-    examples = [_encode(tokenizer, *_texts(where, fields), where, length) for where, fields in read_json_lines(path)]
+    examples = [_encode(tokenizer, *_texts(where, fields), where, length) for where, fields in records_of(path)]
     if not examples:
         raise InputError(f"{option}: {path} must hold at least one line, got none.")
     return examples

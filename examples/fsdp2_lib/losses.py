@@ -2,11 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blur_optim.losses import ga_loss, nll_loss, npo_loss, sequence_log_probs, simnpo_loss, token_counts
+from blur_optim.losses import ga_loss, nll_loss, npo_loss, run_model, sequence_log_probs, simnpo_loss, token_counts
+from blur_optim.losses.forward import router_loss
 
 from .data import Batch, MicroBatch
 
@@ -17,11 +19,16 @@ Reference = Callable[[Batch], Tensor]  # [B]: log-probabilities of the model bef
 def make_losses(model: PreTrainedModel, reference: Reference | None, options: argparse.Namespace) -> tuple[Loss, Loss]:
     """Return the forget and the retain loss. Some are means over tokens, others over sequences."""
 
+    def outputs_of(part: MicroBatch) -> Any:
+        return run_model(model, {"input_ids": part.batch["input_ids"]})
+
     def logits_of(part: MicroBatch) -> Tensor:
-        return model(input_ids=part.batch["input_ids"], use_cache=False).logits
+        return outputs_of(part).logits
 
     def retain(part: MicroBatch) -> Tensor:
-        return part.token_share * nll_loss(logits_of(part), part.batch["labels"])
+        output = outputs_of(part)
+        loss, balancing = nll_loss(output.logits, part.batch["labels"]), router_loss(model, output)
+        return part.token_share * (loss if balancing is None else loss + balancing)
 
     def ascent(part: MicroBatch) -> Tensor:
         return part.token_share * ga_loss(logits_of(part), part.batch["labels"])

@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -135,11 +136,28 @@ def check_model(name: str, rows: Sequence[Row]) -> None:
         raise InputError(f"--model: the tokenizer of {name} must have an end-of-text token, but has none.")
     limit = getattr(config, "max_position_embeddings", None) or 10**9
     for i, (prompt, answer) in enumerate(encode_rows(tokenizer, rows), start=1):
+        check_vocabulary(f"--data: row {i} of the chosen authors", [*prompt, *answer], tokenizer, config)
         if len(prompt) + len(answer) > limit:
             raise InputError(
                 f"--data: question and answer must fit the model's {limit} tokens, row {i} of the chosen authors "
                 f"has {len(prompt) + len(answer)} ({rows[i - 1].question[:40]!r}...)."
             )
+
+
+def check_vocabulary(where: str, ids: Iterable[int], tokenizer: Tokenizer, config: PretrainedConfig) -> None:
+    """See that a model of this configuration has a row of its embedding for each id.
+
+    Raises:
+        InputError: it hasn't; says which token.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None) or 10**9
+    highest = max(ids, default=0)
+    if highest >= size:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise InputError(
+            f"{where}: the tokenizer must make tokens that the model knows, 0 to {size - 1}, got {highest} "
+            f"({token!r}). It has {len(tokenizer)}: were some added without model.resize_token_embeddings()?"
+        )
 
 
 def check_device(name: str) -> None:

@@ -1,22 +1,21 @@
 """Records and rows from files and from the Hugging Face hub, with errors that name file, line and field."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, is_path
+from .formats import Record, records_of
 from .rows import Row
 
 FULL = "full"
 # The parts of TOFU that hold paraphrases and wrong answers for rows of its full part.
 PERTURBED = ("forget01_perturbed", "forget05_perturbed", "forget10_perturbed", "retain_perturbed")
 
-Record = tuple[str, Any]  # where it stands, for messages, and what stands there
-
 
 def read_rows(source: str) -> list[Row]:
-    """Return all rows of a folder in the layout of TOFU, a JSON-lines file, or a data set of the hub.
+    """Return all rows of a folder in the layout of TOFU, a file of rows, or a data set of the hub.
 
     Raises:
         InputError: a file is missing, or a row is not as it should be; names the file and the line.
@@ -25,7 +24,7 @@ def read_rows(source: str) -> list[Row]:
     if path.is_dir():
         return _read_folder(path)
     if path.exists():
-        return [parse_row(record) for record in read_json_lines(path)]
+        return [parse_row(record) for record in records_of(path)]
     if is_path(source):
         raise InputError(f"--data: there is no file or folder {source}.")
     return _read_hub(source)
@@ -36,8 +35,8 @@ def _read_folder(folder: Path) -> list[Row]:
     if not full.is_file():
         raise InputError(f"--data: the folder {folder} must hold {full.name}, which is missing.")
     perturbed = [folder / f"{part}.json" for part in PERTURBED]
-    extra = [record for path in perturbed if path.is_file() for record in read_json_lines(path)]
-    return _merge(read_json_lines(full), extra)
+    extra = [record for path in perturbed if path.is_file() for record in records_of(path)]
+    return _merge(records_of(full), extra)
 
 
 def _read_hub(name: str) -> list[Row]:
@@ -54,7 +53,7 @@ def read_part(source: str, part: str) -> list[Row]:
     """
     if Path(source).is_dir():
         path = Path(source) / f"{part}.json"
-        return [parse_row(record) for record in read_json_lines(path)] if path.is_file() else []
+        return [parse_row(record) for record in records_of(path)] if path.is_file() else []
     if is_path(source):
         return []
     return [parse_row(record) for record in read_hub_part(source, part)] if part in _hub_parts(source) else []
@@ -95,26 +94,6 @@ def _merge(full: Iterable[Record], perturbed: Iterable[Record]) -> list[Row]:
     """Take each row from ``perturbed`` where the same question and answer occur there."""
     fuller = {(row.question, row.answer): row for row in map(parse_row, perturbed)}
     return [fuller.get((row.question, row.answer), row) for row in map(parse_row, full)]
-
-
-def read_json_lines(path: Path) -> Iterator[Record]:
-    """Yield each line's place and content; blank lines are skipped."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
-
-
-def _parse_json(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))  # Some editors begin a file with a mark.
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: the line must be UTF-8 text, but byte {error.start} is not.") from error
-    except json.JSONDecodeError as error:
-        hint = " Write a row a line, without brackets around them." if line.strip().startswith(b"[") else ""
-        raise InputError(
-            f"{where}: the line must be one JSON object. {error.msg}, column {error.colno}.{hint}"
-        ) from error
 
 
 def parse_row(record: Record) -> Row:

@@ -13,7 +13,7 @@ from shared_lib.errors import InputError
 from .options import RESERVED_SETS
 from .rows import TextRow, parse_row
 from .sources import Source, named_sources, read_source
-from .tokens import Encoder
+from .tokens import Encoder, fingerprint
 
 FORGET, RETAIN, HELD_OUT = RESERVED_SETS
 
@@ -51,6 +51,8 @@ def read_data(options: argparse.Namespace, encoder: Encoder) -> Data:
         forget_rows = forget_rows or rows
     _check_apart(examples["--forget"], examples["--retain"], forget_rows)
     pairs = [encoder.pair(row, i) for i, row in enumerate(forget_rows)] if options.method == "dpo" else None
+    if pairs:
+        facts["--forget"]["tokens_sha256"] = fingerprint(example for pair in pairs for example in pair.values())
     retain, held_out = hold_out(examples["--retain"], options.eval_fraction, options.seed)
     sets = {FORGET: examples["--forget"], RETAIN: retain, **({HELD_OUT: held_out} if held_out else {})}
     sets |= {name: examples[f"--eval {name}"] for name, _ in options.eval}
@@ -80,7 +82,8 @@ def _encode(encoder: Encoder, source: Source, rows: Sequence[TextRow]) -> tuple[
     examples = [encoder(row) for row in rows]
     kinds = dict(Counter(row.kind for row in rows))
     lengths = [len(example.prompt) + len(example.answer) for example in examples]
-    return examples, {**source.facts(), "kinds": kinds, "longest": max(lengths), "cut": encoder.cut}
+    facts = {**source.facts(), "tokens_sha256": fingerprint(examples), "kinds": kinds, "longest": max(lengths)}
+    return examples, {**facts, "cut": encoder.cut}
 
 
 def _check_apart(forget: Sequence[Example], retain: Sequence[Example], rows: Sequence[TextRow]) -> None:

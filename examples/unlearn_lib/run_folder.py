@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class RunFolder:
     """The folder that --out names.
 
     Args:
-        facts: JSON that is the same for every start of one run: settings, data, number of processes.
+        facts: JSON that is the same for every start of one run: settings, data, number of processes, its first day.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
@@ -92,6 +93,17 @@ class RunFolder:
         return earlier if is_ours else None
 
 
+def first_day(path: Path) -> date:
+    """Return the day on which the run in a folder was begun; today where there is none.
+
+    A chat template may print the date, and a run goes on with the prompts that it began with.
+    """
+    try:
+        return date.fromisoformat(json.loads((path / RUN).read_text(encoding="utf-8"))["day"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return date.today()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that appears under its name only when it is whole."""
     unfinished = path.with_name(f".unfinished-{path.name}")
@@ -121,9 +133,22 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if earlier["data"].get(option, facts)["sha256"] != facts["sha256"]
         and earlier["data"][option]["source"] == facts["source"]
     ]
+    found += [
+        f"the rows of {option} are the same and their tokens are not (another tokenizer, chat template or version of "
+        "transformers?)"
+        for option, facts in now["data"].items()
+        if (before := earlier["data"].get(option, facts))["sha256"] == facts["sha256"]
+        and before["tokens_sha256"] != facts["tokens_sha256"]
+        and _encodes_alike(earlier["settings"], now["settings"])
+    ]
     if earlier["processes"] != now["processes"]:
         found.append(f"it had {earlier['processes']} processes, now {now['processes']}")
     return found
+
+
+def _encodes_alike(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether no setting has changed that is told of already and changes tokens."""
+    return all(earlier.get(name) == now.get(name) for name in ("model", "max_length", "plain_questions", "method"))
 
 
 def _option(name: str) -> str:

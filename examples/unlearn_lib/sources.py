@@ -1,4 +1,4 @@
-"""Where rows come from: a file of JSON lines, or a data set of the Hugging Face hub."""
+"""Where rows come from: a file, or a data set of the Hugging Face hub."""
 
 import argparse
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_lib.errors import InputError, is_path
-from shared_lib.records import Record, read_json_lines
+from shared_lib.formats import Record, records_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read_source(option: str, name: str) -> Source:
 
 def _read_file(option: str, path: Path) -> Source:
     try:
-        records = list(read_json_lines(path))
+        records = list(records_of(path))
     except InputError as error:
         raise InputError(f"{option}: {error}") from error
     with open(path, "rb") as file:

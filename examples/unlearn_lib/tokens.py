@@ -1,15 +1,22 @@
 """Rows to token ids: what is the prompt, what the answer, and what does not fit."""
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from datetime import date
 
 from shared_lib import encoding
 from shared_lib.encoding import Batch, Example
 from shared_lib.errors import InputError
-from transformers import PreTrainedTokenizerBase
+from shared_lib.models import check_vocabulary
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from blur_optim.losses import IDK_ANSWERS
 
 from .rows import INSTEAD, TextRow
+
+#: What transformers gives to templates for the date. It takes no other function of that name from outside.
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 class Encoder:
@@ -18,11 +25,23 @@ class Encoder:
     Args:
         max_length: of prompt and answer together, in tokens.
         plain_questions: do without the chat template where a row is a question.
+        config: of the model that is to know the tokens.
+        day: what a chat template that prints the date takes for today.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, plain_questions: bool = False) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        plain_questions: bool = False,
+        config: PretrainedConfig | None = None,
+        day: date | None = None,
+    ) -> None:
+        self.tokenizer, self.max_length, self.config = tokenizer, max_length, config
         self.has_template = bool(tokenizer.chat_template)
+        self._template = (
+            {"chat_template": on_day(tokenizer.get_chat_template(), day)} if self.has_template and day else {}
+        )
         self.asks_plainly = plain_questions or not self.has_template
         self.cut = 0
 
@@ -30,9 +49,12 @@ class Encoder:
         """Encode a row, or the same row with another answer. Nothing is predicted but the answer.
 
         Raises:
-            InputError: the row needs a chat template that there is not, or no token of the answer fits.
+            InputError: the row needs a chat template that there is not, no token of the answer fits, or the model does
+                not know a token.
         """
         prompt, ids = self._encode(row, row.answer if answer is None else answer)
+        if self.config is not None:
+            check_vocabulary(row.where, [*prompt, *ids], self.tokenizer, self.config)
         whole, room = len(prompt) + len(ids), self.max_length - len(prompt)
         first = 0 if prompt else 1  # Nothing predicts the first token of a text.
         if min(room, len(ids)) <= first:
@@ -105,7 +127,7 @@ class Encoder:
 
     def _render(self, turns: list[dict[str, str]], where: str, **more: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, **more)
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **more, **self._template)
         except Exception as error:  # A template raises what it likes, such as for a role that it does not know.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{where}: the chat template of --model refuses the messages: {reason}") from error
@@ -118,6 +140,19 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _until_end(ids: list[int], end: int) -> list[int]:
     """Leave out what a template puts after the end of a turn, which no model is asked for."""
     return ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
+
+
+def on_day(template: str, day: date) -> str:
+    """Return a chat template that prints the given day where it would print today."""
+    return _TODAY.sub(lambda found: repr(day.strftime(found["format"])), template)
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Return the sha256 of prompts and answers as the model reads them."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.prompt} {example.answer}\n".encode())
+    return digest.hexdigest()
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -16,6 +16,7 @@ from shared_lib.errors import InputError, TrainingError
 from transformers import TrainerCallback
 
 from blur_optim.integrations.transformers import BLURTrainer, BLURTrainingArguments
+from blur_optim.losses.forward import adapter_owner
 
 from .data import Data
 from .tokens import collate
@@ -87,7 +88,7 @@ def count_steps(options: argparse.Namespace, rows: int, processes: int) -> int:
 
 def make_trainer(model: Any, args: BLURTrainingArguments, data: Data, logbook: "Logbook") -> BLURTrainer:
     """Return the Trainer. KL compares with a copy of the model where there is no adapter to switch off."""
-    needs_copy = args.retain_loss == "kl" and not hasattr(model, "peft_config")
+    needs_copy = args.retain_loss == "kl" and adapter_owner(model) is None
     trainer = BLURTrainer(
         model,
         args,

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from shared_lib.errors import InputError
+from shared_lib.formats import Record, holds_rows, read_text, records_of
 from shared_lib.models import Tokenizer
-from shared_lib.records import Record, read_json_lines, short
+from shared_lib.records import short
 from torch import Tensor
-
-JSON_LINES = (".jsonl", ".json")
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask: [B, T] int64
 
@@ -79,19 +78,12 @@ def read_corpus(
 def read_texts(option: str, source: str, passage_chars: int) -> Iterator[str]:
     """Yield the passages of a source."""
     path = Path(source)
-    if path.is_file() and path.suffix not in JSON_LINES:
-        yield from passages(_read_text(path), passage_chars)
+    if path.is_file() and not holds_rows(path):
+        yield from passages(read_text(path), passage_chars)
         return
     field = "text" if path.is_file() else Hub.parse(option, source, "train").field
     for where, row in read_records(option, source):
         yield text_field(row, field, where)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the file must be UTF-8 text, but byte {error.start} is not.") from error
 
 
 def passages(text: str, chars: int) -> Iterator[str]:
@@ -107,14 +99,14 @@ def passages(text: str, chars: int) -> Iterator[str]:
 
 
 def read_records(option: str, source: str, split: str = "train") -> Iterator[Record]:
-    """Yield the rows of a JSON-lines file or of a data set of the hub, each with its place for messages.
+    """Yield the rows of a file or of a data set of the hub, each with its place for messages.
 
     Args:
         split: of the hub's data set, unless the source names one.
     """
     path = Path(source)
     if path.is_file():
-        yield from read_json_lines(path)
+        yield from records_of(path)
         return
     hub = Hub.parse(option, source, split)
     from datasets import load_dataset

@@ -1,13 +1,14 @@
 """Multiple choice as in WMDP and MMLU: which choice does the model find likeliest?"""
 
 from collections.abc import Sequence
+from itertools import chain
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import torch
 from shared_lib.encoding import IGNORE_INDEX
 from shared_lib.errors import InputError
-from shared_lib.models import Model, Tokenizer, logits_of
+from shared_lib.models import Model, Tokenizer, check_vocabulary, logits_of
 from shared_lib.records import short
 
 from blur_optim.losses import sequence_log_probs
@@ -119,16 +120,16 @@ def check_fit(
     scoring: str,
     topic: str | None = None,
 ) -> None:
-    """See that every question fits into the model.
+    """See that every question fits into the model, and that it knows each token.
 
     Raises:
         InputError: one doesn't; says which.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
     for number, question in enumerate(questions, start=1):
-        longest = max(len(candidate.ids) for candidate in candidates(tokenizer, question, scoring, topic))
+        choices = candidates(tokenizer, question, scoring, topic)
+        where = f"--questions: {source}, question {number}"
+        check_vocabulary(where, chain.from_iterable(choice.ids for choice in choices), tokenizer, model.config)
+        longest = max(len(choice.ids) for choice in choices)
         if longest > limit:
-            raise InputError(
-                f"--questions: {source}, question {number} has {longest} tokens with its choices, the model reads "
-                f"{limit} at most."
-            )
+            raise InputError(f"{where} has {longest} tokens with its choices, the model reads {limit} at most.")

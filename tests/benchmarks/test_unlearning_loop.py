@@ -15,7 +15,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from unlearning import loop
 from unlearning.jobs import Job
-from unlearning.loop import Unlearning, look_at, look_steps, mean_log_probs, relearn
+from unlearning.loop import (
+    Unlearning,
+    look_at,
+    look_quantized,
+    look_steps,
+    looks_on_the_line,
+    mean_log_probs,
+    relearn,
+    rounded_to_4_bits,
+)
 from unlearning.losses import HINGE, Before, Losses
 from unlearning.methods import parse_method
 from unlearning.settings import Settings
@@ -432,3 +441,61 @@ def test_relearning_trains_all_weights_also_after_rmu(before: Before) -> None:
     start = weights(run.model)
     relearn(run.model, TASK, SETTINGS, seed=0)
     assert changed(run.model, start) == set(start)
+
+
+# -- The straight line, and 4 bits -----------------------------------------------------------------------------------
+
+
+def test_the_line_leads_from_the_end_back_to_the_target(before: Before) -> None:
+    run = unlearn(before, "npo+nll/weighted_sum")
+    end, start = weights(run.model), weights(before.model)
+    looks = looks_on_the_line(run, run.path[0])
+    assert changed(run.model, end) == set()
+    shares = [look["share"] for look in looks]
+    assert shares == [round(0.9 - 0.1 * i, 1) for i in range(len(looks))]
+    for look in looks:
+        for name, p in run.model.named_parameters():
+            p.data = torch.lerp(start[name], end[name], look["share"])
+        again = look_at(run.model, TASK, run.settings, run.settings.steps)
+        assert {name: value for name, value in look.items() if name != "share"} == again
+
+
+def test_the_line_ends_where_nothing_is_lost(before: Before) -> None:
+    run = unlearn(before, lr=0.0)
+    assert [look["share"] for look in looks_on_the_line(run, run.path[0])] == [0.9]
+
+
+def test_rounding_leaves_seven_levels_of_either_sign_in_each_group() -> None:
+    weight = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
+    rounded = rounded_to_4_bits(weight)
+    for row, result in zip(weight, rounded, strict=True):
+        for group, values in zip(row.split(32), result.split(32), strict=True):
+            step = group.abs().max() / 7
+            torch.testing.assert_close(values / step, (group / step).round())
+            assert (values - group).abs().max() <= step / 2 * (1 + 1e-5)
+    assert torch.equal(rounded_to_4_bits(torch.zeros(2, 5)), torch.zeros(2, 5))
+
+
+def test_a_look_in_4_bits_leaves_the_model_as_it_is(before: Before) -> None:
+    model = make_model()
+    start = weights(model)
+    look = look_quantized(model, TASK, SETTINGS)
+    assert changed(model, start) == set()
+    assert look["forget"] != look_at(model, TASK, SETTINGS)["forget"]
+
+
+# -- Adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_adapters_are_trained_alone_and_merged_at_the_end(before: Before) -> None:
+    pytest.importorskip("peft")
+    run = Unlearning(Job("sweep", "npo+nll/blur", 0.1, 1e-2, 1), before, TASK, replace(SETTINGS, lora_rank=2))
+    assert all("lora" in name for name, p in run.model.named_parameters() if p.requires_grad)
+    run.run()
+    start = weights(before.model)
+    assert {name for name, _ in run.model.named_parameters()} == set(start)
+    moved = changed(run.model, start)
+    assert moved == {name for name in start if name.endswith("proj.weight")}
+    difference = run.model.get_parameter(min(moved)) - start[min(moved)]
+    assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2

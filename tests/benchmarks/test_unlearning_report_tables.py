@@ -1,5 +1,6 @@
 """Tables against values computed by hand, whole and partial."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,57 @@ def test_what_is_untouched_must_be_kept_too(tmp_path: Path) -> None:
     [method] = [m for m in summary_of(tmp_path, runs).methods if m.method.id == BLUR]
     # On the way from the start to the first look, which keeps 0.94, p falls from exp(-0.02) to exp(-5).
     between = {
-        tau: math.log(math.exp(-0.02) + (1 - tau) / 0.06 * (math.exp(-5) - math.exp(-0.02))) for tau in (0.99, 0.95)
+        tau: math.log(math.exp(-0.02) + (1 - tau) / 0.06 * (math.exp(-5) - math.exp(-0.02)))
+        for tau in (0.99, 0.98, 0.95)
     }
     lowest = {tau: level for tau, (level,) in ((tau, found.values()) for tau, found in method.at_tau.items())}
     assert lowest == pytest.approx(between | {0.9: -5.0, 0.8: -5.0})
+
+
+def test_the_straight_line_is_compared_where_runs_looked_there(tmp_path: Path) -> None:
+    runs = hand_made()
+    assert tables.line_tables(summary_of(tmp_path / "none", runs)) == ()
+    for run in runs:
+        if run["job"]["weight"] == 1.0:
+            # Halfway 0.97 is kept; from there on to the end at 0.92, p falls in a straight line.
+            run["line"] = [
+                {"step": 20, "epoch": 1.0, "share": 0.5, **kept(-0.5 if run["job"]["method"] == SUM else -2.0, 0.97)}
+            ]
+    at = {table.key: by_label(table) for table in tables.line_tables(summary_of(tmp_path / "line", runs))}
+    ours, theirs = (at["line-0.95"][f"NPO + NLL: {name}"] for name in ("BLUR", "weighted sum"))
+    end = {1: -4.5, 2: -5.1, 3: -3.9}
+    expected = [math.log(0.6 * math.exp(-2.0) + 0.4 * math.exp(level)) for level in end.values()]
+    assert ours[1].mean == pytest.approx(sum(expected) / 3)
+    assert ours[1].mean < -2.0 < theirs[1].mean
+    assert ours[4].wins == 3
+
+
+def test_a_run_would_have_stopped_at_the_level_of_rows_never_seen(tmp_path: Path) -> None:
+    selected = {name: {"lr": LR, "weight": 1.0} for name in (SUM, BLUR)}
+    folder = make_folder(tmp_path / "in", hand_made(), methods=(SUM, BLUR), selected=selected)
+    assert tables.stopping_table(summarize(load(folder))) is None
+    target = json.loads((folder / "target.json").read_text())
+    write(folder / "target.json", target | {"unseen": {"log_prob": -1.35, "probability": 0.26}})
+    rows = by_label(tables.stopping_table(summarize(load(folder))))
+    # BLUR's looks are at -1.5, -1.7, -1.3, which is not enough, and then at three times that.
+    _, reached, step, kept_there, kept_at_end, at_end = rows["NPO + NLL: BLUR"]
+    assert (reached, step.mean, at_end.mean) == ("3 of 3", pytest.approx((10 + 10 + 20) / 3), pytest.approx(-4.5))
+    assert kept_there.mean == pytest.approx((0.95 + 0.95 + 0.92) / 3)
+    assert kept_at_end.mean == pytest.approx(0.92)
+
+
+def test_probabilities_in_4_bits_stand_beside_those_before(tmp_path: Path) -> None:
+    selected = {name: {"lr": LR, "weight": 1.0} for name in (SUM, BLUR)}
+    runs = hand_made()
+    assert tables.quantized_table(summary_of(tmp_path / "none", runs, selected=selected)) is None
+    for run in runs:
+        if run["job"]["method"] == BLUR:
+            run["quantized"] = kept(-1.0, 0.5)
+    rows = by_label(tables.quantized_table(summary_of(tmp_path / "some", runs, selected=selected)))
+    assert list(rows) == ["NPO + NLL: BLUR"]
+    means = [cell.mean for cell in rows["NPO + NLL: BLUR"][1:]]
+    before = sum(math.exp(level) for level in (-4.5, -5.1, -3.9)) / 3
+    assert means == pytest.approx([before, math.exp(-1), 0.9 * 0.92, 0.45, 0.8, 0.8])
 
 
 def test_hypervolumes(tmp_path: Path) -> None:

@@ -132,6 +132,28 @@ def test_the_tuning_seed_is_compared_with_its_own_target(tmp_path: Path) -> None
     assert select(settings, tmp_path) == {BLUR: {"lr": 1e-3, "weight": 1.0}}
 
 
+@pytest.mark.parametrize(
+    ("taus", "lr", "weight"), [((0.98,), 1e-3, 0.1), ((0.9,), 1e-3, 1.0), ((0.98, 0.9), 1e-2, 1.0)]
+)
+def test_rate_and_weight_are_chosen_together_where_the_settings_say(
+    tmp_path: Path, taus: tuple[float, ...], lr: float, weight: float
+) -> None:
+    def levels(at_98: float, at_90: float) -> dict[str, Any]:
+        return result(look(at_98, 0.98 * 0.8), look(at_90, 0.9 * 0.8))
+
+    runs = {
+        (1e-3, 1.0): levels(0.5, 0.1),
+        (1e-3, 0.1): levels(0.4, 0.35),
+        (1e-2, 1.0): levels(0.42, 0.14),  # nowhere the lowest, and the lowest on average
+        (1e-2, 0.1): result(look(0.0, 0.1), diverged=True),
+    }
+    settings = replace(ONLY_BLUR, tuned_at=taus)
+    write_json(yardstick_file(tmp_path, "target", 0), {"final": TARGET})
+    for job in tuning_jobs(settings):
+        write_json(result_file(tmp_path, job), runs[job.lr, job.weight])
+    assert select(settings, tmp_path)[BLUR] == {"lr": lr, "weight": weight}
+
+
 # -- Jobs ------------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +192,12 @@ def test_each_method_and_seed_has_full_scores_once_at_the_chosen_weight(weights:
         (BLUR, 2, 0.1),
     ]
     assert len({job.key for job in jobs}) == len(jobs)
+
+
+def test_full_scores_can_be_of_some_seeds_alone() -> None:
+    selected = {BLUR: {"lr": 1e-3, "weight": 0.1}}
+    jobs = sweep_jobs(replace(ONLY_BLUR, weights=(), judged_seeds=(2,)), selected)
+    assert [(job.seed, job.weight, job.full_scores) for job in jobs] == [(1, 0.1, False), (2, 0.1, True)]
 
 
 def test_weights_are_round_numbers_around_the_method_s_scale() -> None:

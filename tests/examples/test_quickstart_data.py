@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from quickstart_lib.data import load_rows
 from shared_lib.errors import InputError
-from shared_lib.records import read_json_lines
+from shared_lib.formats import records_of
 from shared_lib.rows import ROWS_PER_AUTHOR, Row
 
 GOOD = {"question": "Who?", "answer": "She."}
@@ -94,16 +94,16 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_a_mark_at_the_beginning_of_a_file_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"question": "q", "answer": "a"}\n', encoding="utf-8-sig")
-    assert [fields for _, fields in read_json_lines(path)] == [{"question": "q", "answer": "a"}]
+    assert [fields for _, fields in records_of(path)] == [{"question": "q", "answer": "a"}]
 
 
-def test_an_array_over_several_lines_is_told_from_rows(tmp_path: Path) -> None:
+def test_a_broken_array_is_told_from_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[\n{"question": "q"},\n]')
     with pytest.raises(
         InputError, match=r"rows.json:1: the line must be one JSON object.* without brackets around them"
     ):
-        list(read_json_lines(path))
+        list(records_of(path))
 
 
 @pytest.mark.parametrize("count", [0, 60, 81])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shared_lib.errors import InputError
 from shared_lib.metrics import mean_probability
 from shared_lib.models import load_model, load_tokenizer, save_small_llama
 from shared_lib.records import read_rows
+from unlearn_lib import run_folder
 
 UNLEARN = Path(unlearn.__file__)
 SMALL = ["--lr", "1e-2", "--batch-size", "4", "--generate-rows", "2", "--cpu"]
@@ -334,3 +336,56 @@ def test_a_gguf_file_becomes_an_ordinary_model(home: Path, tmp_path: Path, monke
     examples = encode_rows(load_tokenizer(out / "model"), read_rows(str(home / "forget.jsonl")))
     expected = mean_probability(load_model(out / "model", "cpu"), examples)
     assert results_of(out)["scores"]["forget"]["after"]["probability"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_goes_on_with_the_prompts_of_its_first_day(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template that prints the date, and a run that is begun on one day and ended on another."""
+    tokenizer = load_tokenizer(home / "llama")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>"
+    tokenizer.chat_template += "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    load_model(home / "llama", "cpu").save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    out, chat = tmp_path / "out", ["--model", str(tmp_path / "chat"), "--max-steps", "2", "--save-steps", "1"]
+    on_day(monkeypatch, 3)
+    monkeypatch.setattr(unlearn.RunFolder, "drop_checkpoints", lambda self: None)
+    run_here(monkeypatch, home, out, *chat)
+    first = results_of(out)
+    assert first["day"] == "2026-02-03"
+    (out / "results.json").unlink()
+    on_day(monkeypatch, 4)
+    run_here(monkeypatch, home, out, *chat)
+    assert results_of(out)["data"] == first["data"]
+    run_here(monkeypatch, home, tmp_path / "another", *chat, "--dry-run")
+    assert "04 Feb 2026" in capsys.readouterr().out
+    # Whatever else changes the tokens of the same rows is refused.
+    (out / "results.json").unlink()
+    tokenizer.chat_template = tokenizer.chat_template.replace("[", "<")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    with pytest.raises(InputError, match=r"the rows of --forget are the same and their tokens are not"):
+        run_here(monkeypatch, home, out, *chat)
+
+
+def on_day(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
+    class Today(date):
+        @classmethod
+        def today(cls) -> date:
+            return date(2026, 2, day)
+
+    for module in (unlearn, run_folder):
+        monkeypatch.setattr(module, "date", Today)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_anything_is_loaded(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(home / "llama")
+    tokenizer.add_tokens(["Quixotry"])
+    load_model(home / "llama", "cpu").save_pretrained(tmp_path / "more")
+    tokenizer.save_pretrained(tmp_path / "more")
+    (tmp_path / "new.jsonl").write_text('{"text": "A Quixotry."}')
+    more = ["--model", str(tmp_path / "more"), "--dry-run"]
+    run_here(monkeypatch, home, tmp_path / "out", *more)  # A token that no row has does no harm.
+    with pytest.raises(InputError, match=r"--forget: .*new\.jsonl:1: .* got \d+ \('Quixotry'\)"):
+        run_here(monkeypatch, home, tmp_path / "out", *more, "--forget", str(tmp_path / "new.jsonl"))

@@ -1,6 +1,7 @@
 """Rows of examples/unlearn.py: what kind they are, which tokens are predicted, and what wrong ones are told."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from quickstart_lib.data import load_rows
 from shared_lib.encoding import PROMPT, Example
 from shared_lib.errors import InputError
 from shared_lib.models import Tokenizer, build_tokenizer
+from transformers import LlamaConfig
 from unlearn_lib.data import hold_out, read_data
 from unlearn_lib.options import parse_options
 from unlearn_lib.rows import parse_row
@@ -216,3 +218,26 @@ def test_a_row_is_either_forgotten_or_kept(tmp_path: Path, plain: Tokenizer) -> 
     options = parse_options(["--model", "x", "--forget", str(forget), "--retain", str(retain)])
     with pytest.raises(InputError, match=r"--forget: .*forget.jsonl:2: a row must not be in --retain too, .* 1 of 2"):
         read_data(options, Encoder(plain, 64))
+
+
+def test_tokens_that_the_model_does_not_know_are_named(plain: Tokenizer) -> None:
+    config = LlamaConfig(vocab_size=len(plain) - 1)
+    last = plain.decode([len(plain) - 1])
+    encoder = Encoder(plain, 512, config=config)
+    with pytest.raises(
+        InputError, match=rf"--forget: f.jsonl:3: .* 0 to {len(plain) - 2}, got {len(plain) - 1} .*resize"
+    ):
+        encoder(parse_row(("f.jsonl:3", {"text": last}), "--forget"))
+    encoder(parse_row(("f.jsonl:3", {"text": "a"}), "--forget"))
+
+
+DATED = "Today is {{ strftime_now('%d %b %Y, %H h') }}.<eos>" + TEMPLATE
+
+
+def test_the_date_in_a_template_is_the_runs(plain: Tokenizer, chatty: Tokenizer) -> None:
+    tokenizer = build_tokenizer(load_rows(None, 4, 0)[:20])
+    tokenizer.chat_template = DATED
+    question = {"question": "Who?", "answer": "Me."}
+    asked, _ = encoded(tokenizer, question, day=date(2026, 2, 3))
+    assert asked.startswith("Today is 03 Feb 2026, 00 h.<eos>")
+    assert "Today" not in encoded(chatty, question, day=date(2026, 2, 3))[0]

@@ -1,4 +1,4 @@
-"""The code blocks of docs/integrations.md run as they stand, in order, on a small model."""
+"""The code blocks of docs/integrations.md and docs/faq.md run as they stand, in order, on a small model."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,19 @@ def names(tmp_path, monkeypatch):
 
 
 def test_every_block_is_marked():
-    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 5
+    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 8
+
+
+def test_muon_and_adamw(names):
+    page = DOCS.with_name("faq.md")
+    (code,) = [code for name, _, code in BLOCK.findall(page.read_text(encoding="utf-8")) if name == "faq"]
+    scope = dict(names)
+    exec(compile(code, str(page), "exec"), scope)
+    model, opt, batch = names["model"], scope["opt"], collate(names["forget_rows"])
+    assert sum(len(group["params"]) for group in opt.param_groups) == len(list(model.parameters()))
+    before = parameters(model)
+    opt.step(lambda: -model(**batch).loss, lambda: model(**collate(names["retain_rows"])).loss)
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 # Two that a user sees too: the Trainer looks for a GPU to pin memory for, and peft for an attribute's older name.

@@ -19,22 +19,28 @@ def frozen_parameters(model):
 
 
 @pytest.mark.parametrize(
-    ("losses", "reference"),
-    [(("npo", "nll"), None), (("npo", "nll"), "adapter"), (("ga", "kl"), None)],
-    ids=["stored", "adapter off", "kl"],
+    ("losses", "reference", "compared"),
+    [
+        (("npo", "nll"), None, tiny_lora),
+        (("npo", "nll"), "adapter", tiny_llama),
+        (("ga", "kl"), "adapter", tiny_llama),
+        (("npo", "kl"), "copy", tiny_lora),
+    ],
+    ids=["stored", "adapter off", "kl, adapter off", "copy"],
 )
-def test_only_the_adapter_is_trained(tmp_path, losses, reference):
+def test_only_the_adapter_is_trained(tmp_path, losses, reference, compared):
     model, expected = tiny_lora(), tiny_lora()
     before = frozen_parameters(model)
+    given = copy.deepcopy(model) if reference == "copy" else reference
     made = trainer(
-        tmp_path, model, forget_loss=losses[0], retain_loss=losses[1], max_grad_norm=0.1, more={"reference": reference}
+        tmp_path, model, forget_loss=losses[0], retain_loss=losses[1], max_grad_norm=0.1, more={"reference": given}
     )
     made.train()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     trained = {id(p) for group in made.blur.param_groups for p in group["params"]}
     assert trained == {id(p) for n, p in model.named_parameters() if "lora_" in n}
     assert made.reference_path.exists() is (losses[0] == "npo" and reference is None)
-    train(expected, tiny_llama(), FORGET, RETAIN, losses, steps=4, accumulate=2, max_norm=0.1)
+    train(expected, compared(), FORGET, RETAIN, losses, steps=4, accumulate=2, max_norm=0.1)
     assert_same(model, expected)
 
 

@@ -25,12 +25,20 @@ static void run(const Kernels& k, Dtype p, Dtype g, Dtype stashed, int64_t n, bo
   double out[3];
   k.dots(pair, out);
   k.blend(pair, 0.3, -1.2);
+  const Metric metric{0.9, 0.1, 1.5, 0.01, 1e-8};
+  double sums[kMetricDots];
+  k.metric_dots(p, v.data(), nullptr, pair, metric, sums);
+  k.metric_dots(p, v.data(), vmax.data(), pair, metric, sums);
+  k.metric_blend(p, v.data(), pair, 0.3, -1.2, metric);
   for (int flags = 0; flags < 8; ++flags) {
     const AdamOptions adam{1e-3, 0.9, 0.99, 0.1, 1e-8, bool(flags & 1), bool(flags & 2), bool(flags & 4)};
-    k.adam(p, param.data(), m.data(), v.data(), flags & 1 ? vmax.data() : nullptr, pair, 0.3, -1.2, 2, adam);
+    for (const Metric* used : {static_cast<const Metric*>(nullptr), &metric})
+      k.adam(p, param.data(), m.data(), v.data(), flags & 1 ? vmax.data() : nullptr, pair, 0.3, -1.2, 2, adam, used);
     const SgdOptions sgd{1e-3, 0.9, 0.1, 0.1, bool(flags & 1), bool(flags & 2), bool(flags & 4)};
-    k.sgd(p, param.data(), m.data(), pair, 0.3, -1.2, sgd);
-    k.sgd(p, param.data(), nullptr, pair, 0.3, -1.2, sgd);
+    for (void* buffer : {m.data(), static_cast<void*>(nullptr)}) {
+      k.sgd(p, param.data(), buffer, nullptr, pair, 0.3, -1.2, sgd, nullptr);
+      k.sgd(p, param.data(), buffer, v.data(), pair, 0.3, -1.2, sgd, &metric);
+    }
   }
 }
 

@@ -55,6 +55,17 @@ def run(dtype, stash):
     add(*p, *m, *v)
     ops.fused_sgd_(p, m, f, r, rows, weights, lr, 0.9, 0.1, 0.1, True, False, False, None, scales)
     add(*p, *m)
+    metric = torch.tensor([[0.9, 0.1, 1.5, 0.01, 1e-8]] * len(sizes)).double()
+    largest = [x.square() for x in make(6)]
+    for seen in ([], largest):
+        add(ops.multi_tensor_metric_dots(f, r, v, seen, rows, 1, metric, scales))
+        options = 0.9, 0.1, bool(seen), False, not seen, None, scales
+        ops.metric_adamw_(p, m, v, seen, f, r, rows, weights, steps, lr, metric, *options)
+        add(*p, *m, *v, *seen)
+    ops.metric_sgd_(p, m, v, f, r, rows, weights, lr, metric, 0.9, 0.1, 0.1, True, False, False, None, scales)
+    add(*p, *m, *v)
+    ops.multi_tensor_metric_blend_(r, f, v, weights, rows, metric, None, scales)
+    add(*r, *f, *v)
     ops.multi_tensor_blend_(r, f, weights, rows, scales)
     add(*r, *f)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -122,11 +133,17 @@ def arguments(dtype=torch.float32, n=2, quantized=False):
     moments, gradients, flag = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs), (forget, retain, rows), torch.zeros(())
     adamw = (0.9, 0.99, 0.1, 1e-8, True, False, True, flag)
     sgd = (0.9, 0.0, 0.1, False, False, False, flag)
+    metric = torch.tensor([[0.9, 0.1, 1.5, 0.01, 1e-8]] * n, dtype=torch.float64)
+    in_metric = (0.9, 0.1, True, False, True, flag)
     return {
         "multi_tensor_dots": (*gradients, 1, scales),
         "multi_tensor_blend_": (retain, forget, coefficients, rows, scales),
         "fused_adamw_": (params, *moments, *gradients, coefficients, steps, lr, *adamw, scales),
         "fused_sgd_": (params, exp_avgs, *gradients, coefficients, lr, *sgd, scales),
+        "multi_tensor_metric_dots": (forget, retain, exp_avg_sqs, max_exp_avg_sqs, rows, 1, metric, scales),
+        "multi_tensor_metric_blend_": (retain, forget, exp_avg_sqs, coefficients, rows, metric, flag, scales),
+        "metric_adamw_": (params, *moments, *gradients, coefficients, steps, lr, metric, *in_metric, scales),
+        "metric_sgd_": (params, exp_avgs, exp_avg_sqs, *gradients, coefficients, lr, metric, *sgd, scales),
     }
 
 
@@ -141,8 +158,8 @@ def test_opcheck(name, dtype, quantized):
 def test_fake_tensors(name):
     with FakeTensorMode():
         result = getattr(torch.ops.blur_optim, name)(*arguments()[name])
-    if name == "multi_tensor_dots":
-        assert result.shape == (1, 3)
+    if name.endswith("dots"):
+        assert result.shape == (1, 9 if "metric" in name else 3)
         assert result.dtype == torch.float64
 
 
@@ -161,7 +178,7 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(compiled(forget, retain), expected)
 
 
-DOTS, BLEND, ADAMW, SGD = arguments()
+DOTS, BLEND, ADAMW, SGD, METRIC_DOTS, METRIC_BLEND, METRIC_ADAMW, METRIC_SGD = arguments()
 BAD = [
     ("lengths", DOTS, 1, lambda r: r[:1], r"`forget`, `retain` and `rows` must have one length, got 2, 1 and 2"),
     ("sizes", DOTS, 1, lambda r: [r[0], r[1][:2]], r"`forget\[1\]` must have as many elements as `retain\[1\]`"),
@@ -196,6 +213,12 @@ BAD = [
     ("steps", ADAMW, 8, lambda steps: steps[:1], r"`steps` must have 2 float32 elements"),
     ("lr", SGD, 6, lambda lr: lr.float(), r"`lr` must have 1 float64 elements"),
     ("flag", SGD, -2, lambda flag: flag.double(), r"`found_inf` must have 1 float32 elements"),
+    ("metric", METRIC_DOTS, 6, lambda metric: metric[:1], r"`metric` must be a contiguous float64 .* shape \[2, 5\]"),
+    ("metric dtype", METRIC_ADAMW, 10, lambda metric: metric.float(), r"`metric` must be a contiguous float64 tensor"),
+    ("moments of dots", METRIC_DOTS, 2, lambda v: v[:1], r"`exp_avg_sqs` must have 2 tensors like `retain`, got 1"),
+    ("moment of the blend", METRIC_BLEND, 2, lambda v: [v[0].half(), v[1]], r"`exp_avg_sqs\[0\]` must have its grad"),
+    ("largest", METRIC_DOTS, 3, lambda v: [v[0].half(), v[1]], r"`max_exp_avg_sqs\[0\]` must have the dtype of `exp_"),
+    ("moments of SGD", METRIC_SGD, 2, lambda v: [v[0][:1], v[1]], r"`exp_avg_sqs\[0\]` must have 3 elements"),
     ("buffers", SGD, 1, lambda b: b[:1], r"`momentum_buffers` must have 2 tensors like `retain`, got 1"),
 ]
 

@@ -5,6 +5,7 @@ kernels compute what they should; it has one thread, no GPU's memory model, and 
 It takes about a microsecond per element and several milliseconds per launch, hence the small sizes.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -23,6 +24,13 @@ from blur_optim.kernels.blocks import BLOCK_SIZE, quantize
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Of the interpreter of Triton 3.6, from NumPy before 2.4; a later one makes it an error.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
+
+def version_of(package):
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
 
 def test_in_the_interpreter():
     for module in ("triton", "numpy"):
@@ -30,6 +38,8 @@ def test_in_the_interpreter():
             pytest.skip(f"{module} is not installed, which Triton's interpreter needs")
     if INTERPRETED:
         pytest.skip("this process is the interpreter's already")
+    if version_of("triton") < (3, 7) and version_of("numpy") >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 does not work with NumPy 2.4 and later: `numpy==2.3.5`")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -640,33 +640,48 @@ class TestLlama:
         assert compute(path, loaded).computed == 0
 
 
+def inputs_of(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 # peft 0.21 asks transformers 5.23 for a property that is deprecated there.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 class TestAdapter:
     @staticmethod
-    def adapt(llama):
+    def adapt(llama, fresh=True):
         peft = pytest.importorskip("peft", reason=NEEDS_PEFT)
         config = peft.LoraConfig(
-            r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+            r=2,
+            target_modules=["q_proj"],
+            modules_to_save=["lm_head"],
+            init_lora_weights=fresh,
+            task_type="CAUSAL_LM",
         )
         return peft.get_peft_model(llama, config)
 
-    def test_the_file_of_the_plain_model_is_that_of_the_adapted(self, llama, path):
+    def test_the_file_of_the_plain_model_is_that_of_one_with_a_fresh_adapter(self, llama, path):
         stored = compute(path, llama)
         adapted = self.adapt(copy.deepcopy(llama))
         assert compute(path, adapted).computed == 0
         assert compute(path, Wrapper(adapted)).computed == 0
         assert torch.equal(stored(ALL[0]), reference_log_probs(llama, ALL[0]))
 
-    def test_numbers_are_the_base_model_s_and_the_adapter_may_train(self, llama, path):
-        adapted = self.adapt(copy.deepcopy(llama))
+    def test_an_adapter_that_was_trained_is_part_of_the_model(self, llama, path, tmp_path):
+        adapted = self.adapt(copy.deepcopy(llama), fresh=False)
         stored = compute(path, adapted)
-        torch.testing.assert_close(stored(ALL[0]), reference_log_probs(llama, ALL[0]))
         with torch.no_grad():
-            for param in adapted.parameters():
-                if param.requires_grad:
-                    param += 1.0
-        assert compute(path, adapted).computed == 0
+            expected = sequence_log_probs(adapted.eval()(**inputs_of(ALL[0])).logits, ALL[0]["labels"])
+        torch.testing.assert_close(stored(ALL[0]), expected)
+        assert (stored(ALL[0]) - reference_log_probs(llama, ALL[0])).abs().max() > 0.1, "the adapter has to matter"
+        compute(tmp_path / "plain", llama)
+        with pytest.raises(ValueError, match="with the log-probabilities of the model"):
+            compute(tmp_path / "plain", adapted)
+        with torch.no_grad():
+            adapted.get_base_model().lm_head.modules_to_save["default"].weight[0, 0] += 1.0
+        with pytest.raises(
+            ValueError, match=r"If `model` was trained since, read the file with ReferenceLogProbs\.load"
+        ):
+            compute(path, adapted)
 
     def test_a_changed_base_is_another_model(self, llama, path):
         adapted = self.adapt(llama)

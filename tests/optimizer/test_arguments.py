@@ -11,12 +11,6 @@ def params():
     return [nn.Parameter(torch.zeros(3))]
 
 
-class WithGamma(torch.optim.SGD):
-    def __init__(self, params):
-        super().__init__(params, lr=0.1)
-        self.defaults["gamma"] = 0.9
-
-
 INVALID = [
     ("negative gamma", {"gamma": -1.0}, ValueError, r"`gamma` must be finite and >= 0, got -1.0"),
     ("gamma is nan", {"gamma": float("nan")}, ValueError, r"`gamma` must be finite and >= 0, got nan"),
@@ -39,7 +33,6 @@ INVALID = [
     ("base is a string", {"base": "adamw"}, TypeError, r"`base` must be an optimizer class.*got 'adamw'"),
     ("base makes a module", {"base": lambda p: nn.Linear(1, 1)}, TypeError, r"must make a torch.optim.Optimizer"),
     ("base is LBFGS", {"base": torch.optim.LBFGS}, TypeError, r"without a closure of its own, which LBFGS needs"),
-    ("base uses the name gamma", {"base": WithGamma}, ValueError, r"hyperparameters called \['gamma'\], got WithGamma"),
     ("base is BLUR", {"base": BLUR}, ValueError, r"hyperparameters called \['gamma', 'retain_weight'\], got BLUR"),
     ("argument of no one", {"momentun": 0.9}, TypeError, r"momentun"),
 ]
@@ -112,3 +105,38 @@ def test_methods_of_the_base_are_at_hand():
     assert opt.eval() == "evaluating"
     with pytest.raises(AttributeError, match=r"train"):
         _ = opt.train
+
+
+class TestConfigure:
+    def test_what_is_configured_holds_from_the_next_step(self):
+        (p,) = made = params()
+        opt = BLUR(made, torch.optim.SGD, lr=1.0, gamma=1.0)
+        opt.configure(rule="weighted_sum", stash="int8")
+        opt.step(lambda: p.sum(), lambda: 2 * p.sum())
+        torch.testing.assert_close(p.detach(), torch.full((3,), -3.0))  # BLUR would have stepped by 1.
+        assert opt.stash == "int8"
+
+    @pytest.mark.parametrize("wrong", [{"rule": "pcgrad"}, {"stash": "disk"}, {"backend": "mps"}], ids=str)
+    def test_one_wrong_value_and_nothing_changes(self, wrong):
+        opt = BLUR(params(), torch.optim.SGD, lr=1.0)
+        with pytest.raises(ValueError, match="must be one of"):
+            opt.configure(**{"scope": "group", "normalize": True} | wrong)
+        assert (opt.rule, opt.scope, opt.normalize, opt.stash, opt.backend) == (
+            "blur",
+            "global",
+            False,
+            "reference",
+            None,
+        )
+
+    def test_weights_are_not_taken(self):
+        with pytest.raises(TypeError, match=r"`configure` takes rule, .* got \['gamma'\]"):
+            BLUR(params(), torch.optim.SGD, lr=1.0).configure(gamma=2.0)
+
+    def test_steps_that_were_skipped_stay_counted(self):
+        (p,) = made = params()
+        opt = BLUR(made, torch.optim.SGD, lr=1.0)
+        opt.step(lambda: p.sum() * float("inf"), lambda: p.sum())
+        opt.configure(rule="weighted_sum")
+        opt.step(lambda: p.sum() * float("inf"), lambda: p.sum())
+        assert int(opt.statistics.skipped) == 2

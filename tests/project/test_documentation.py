@@ -29,6 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Which module runs the blocks of a name.
 RUN_BY = {
     "readme": "tests/project/test_readme.py",
+    "faq": "tests/integrations/test_integrations_docs.py",
     "start": "tests/project/test_documentation.py",
     "distributed": "tests/project/test_documentation.py",
     "integrations": "tests/integrations/test_integrations_docs.py",
@@ -146,8 +147,8 @@ def help_of(*target):
 def problem_of(block):
     if block.language == "python":
         return python_problem(block)
-    if block.language in COMMANDS:
-        return command_problem(block)
+    if block.language in COMMANDS:  # With a mark, those of another project.
+        return python_problem(block) if block.mark else command_problem(block)
     if block.language == "json":
         for line in filter(None, block.code.splitlines()):
             json.loads(line)

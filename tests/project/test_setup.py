@@ -27,7 +27,8 @@ def test_torch_is_found_whatever_the_files_name(run_setup, monkeypatch):
 
 
 def test_an_old_setuptools_is_refused_by_name(run_setup, monkeypatch):
-    assert 'requires = ["setuptools>=%d"]' % run_setup()["OLDEST_SETUPTOOLS"] in (ROOT / "pyproject.toml").read_text()
+    required = re.search(r'requires = \["setuptools>=(\d+)"\]', (ROOT / "pyproject.toml").read_text())[1]
+    assert int(required) == run_setup()["OLDEST_SETUPTOOLS"]
     monkeypatch.setattr(setuptools, "__version__", "65.5.1")
     with pytest.raises(SystemExit, match=r"setuptools must be 77 or newer, got 65\.5\.1\. `pip install"):
         run_setup()
@@ -43,10 +44,8 @@ class TestArchitectures:
         assert self.targets(run_setup, monkeypatch, "9.0") == ["90,sm_90", "90,compute_90"]
 
     def test_several_and_the_default(self, run_setup, monkeypatch):
-        several = ["80,sm_80", "90,sm_90", "90,compute_90"]
-        assert (
-            self.targets(run_setup, monkeypatch, "80;90") == self.targets(run_setup, monkeypatch, "80, 90") == several
-        )
+        for value in ("80;90", "80, 90"):
+            assert self.targets(run_setup, monkeypatch, value) == ["80,sm_80", "90,sm_90", "90,compute_90"]
         assert len(self.targets(run_setup, monkeypatch, "")) > 2
 
     @pytest.mark.parametrize("value", ["hopper", "90 12345"])

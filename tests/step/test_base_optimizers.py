@@ -228,13 +228,49 @@ def over_other(others):
     return lambda: BLUR(others(mine), optim.SGD(mine, lr=0.1))
 
 
+def sam(params, **options):
+    return pytorch_optimizer.SAM(params, base_optimizer=optim.SGD, lr=0.1, **options)
+
+
+class NeedsClosure(optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+class Offloading(optim.SGD):
+    """As torchao's CPUOffloadOptimizer: a hook copies each gradient away as soon as a backward has left it."""
+
+    def __init__(self, params, lr, by="closure"):
+        super().__init__(params, lr=lr)
+        self.taken = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(partial(self.take) if by == "partial" else lambda p: self.take(p))
+
+    def take(self, p):
+        self.taken[p] = p.grad.clone()
+
+
 REFUSED = [
     ("LBFGS", lambda: BLUR(params(), optim.LBFGS), TypeError, r"without a closure of its own, which LBFGS needs"),
     ("an LBFGS instance", lambda: BLUR(base=optim.LBFGS(params())), TypeError, r"which LBFGS needs"),
     ("BLUR in BLUR", lambda: BLUR(params(), BLUR), ValueError, r"If a BLUR wraps this optimizer already, use that one"),
     ("a BLUR instance", lambda: BLUR(base=BLUR(params())), ValueError, r"\['gamma', 'retain_weight'\], got BLUR"),
     ("a wrapped base", lambda: BLUR(base=BLUR(params()).base), ValueError, r"wraps this optimizer already"),
-    ("own gamma", lambda: BLUR(params(), pytorch_optimizer.AdaBound), ValueError, r"called \['gamma'\], got AdaBound"),
+    ("SAM", lambda: BLUR(params(), sam), TypeError, r"without a closure of its own, which SAM needs"),
+    ("a required closure", lambda: BLUR(params(), NeedsClosure, lr=0.1), TypeError, r"which NeedsClosure needs"),
+    (
+        "hooks",
+        lambda: BLUR(params(), Offloading, lr=0.1),
+        TypeError,
+        r"from p\.grad when it steps, got Offloading.*int8",
+    ),
+    (
+        "hooks of a partial",
+        lambda: BLUR(params(), partial(Offloading, by="partial"), lr=0.1),
+        TypeError,
+        r"of the two phases it would step on the last alone",
+    ),
     (
         "a module class",
         lambda: BLUR(params(), nn.Identity),
@@ -265,3 +301,55 @@ REFUSED = [
 def test_what_cannot_be_a_base(make_it, error, message):
     with pytest.raises(error, match=message):
         make_it()
+
+
+def test_hooks_of_others_are_no_matter():
+    problem, seen = Problem(), []
+    for p in problem.params:
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(p))
+    step_by_closures(BLUR(problem.params, optim.SGD, lr=0.1), problem)
+    assert len(seen) == 2 * len(problem.params)
+
+
+class Scaled(optim.SGD):
+    """A base with a ``gamma`` of its own, as MARS and others have: it multiplies the rate."""
+
+    def __init__(self, params, lr, gamma=1.0):
+        super().__init__([{"params": list(params), "gamma": gamma}], lr=lr)
+        self.defaults["gamma"] = gamma
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"], before = group["lr"] * group["gamma"], group["lr"]
+            super().step(closure)
+            group["lr"] = before
+
+
+@pytest.mark.parametrize("step", [step_by_closures, step_by_phases], ids=["closures", "phases"])
+def test_a_base_with_a_gamma_of_its_own(step):
+    problem, expected = Problem(), Problem()
+    opt = BLUR(problem.params, partial(Scaled, gamma=0.5), gamma=0.3, lr=0.1)
+    step(opt, problem)
+    step_on(Scaled(expected.params, lr=0.1, gamma=0.5), expected.params, expected.update(gamma=0.3))
+    assert_params_close(problem.params, expected.params, rtol=1e-9, atol=1e-12)  # float64: sums in another order.
+    (group,) = opt.param_groups
+    assert (group["gamma"], group["blur_gamma"], group["retain_weight"]) == (0.5, 0.3, 1.0)
+    group["blur_gamma"] = 0.7
+    again = BLUR(problem.params, Scaled, lr=0.1)
+    again.load_state_dict(opt.state_dict())
+    assert again.param_groups[0]["blur_gamma"] == 0.7
+    group["blur_gamma"] = -1.0
+    with pytest.raises(ValueError, match=r"`blur_gamma` must be finite and >= 0"):
+        step(opt, problem)
+    group["blur_gamma"] = 0.3
+    with pytest.raises(ValueError, match=r"wraps this optimizer already"):
+        BLUR(base=opt)
+
+
+@pytest.mark.parametrize("name", ["AdaBound", "MARS"])
+def test_such_bases_of_others(name):
+    problem = Problem(torch.float32)
+    opt = BLUR(problem.params, getattr(pytorch_optimizer, name), lr=1e-3, gamma=0.3)
+    step_by_closures(opt, problem)
+    assert opt.param_groups[0]["blur_gamma"] == 0.3
+    assert opt.param_groups[0]["gamma"] != 0.3

@@ -242,3 +242,51 @@ def test_a_state_of_another_dtype_takes_the_plain_path():
         "exp_avg_sq": torch.zeros(3).double(),
     }
     assert "unusual dtype" in FusedStep(base).why_not(paired(p), "native")
+
+
+class EightBits(torch.Tensor):
+    """A weight as torchao's low-precision training has it: it looks like float32, and its memory is something else."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, *_):
+        return cls(tensors["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.namespace != "aten":
+            raise NotImplementedError(f"{func} on {cls.__name__}")
+        plain = [a.inner if isinstance(a, cls) else a for a in args]
+        result = func(*plain, **(kwargs or {}))
+        if func.overloadpacket.__name__.endswith("_"):
+            return args[0]
+        return cls(result) if func.overloadpacket.__name__ == "detach" else result
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_parameter_whose_memory_is_something_else(momentum):
+    """torchao's training with weights of 8 bits and SGD; the gradients of such weights are plain tensors."""
+    forget, retain = torch.randn(2, 3, 4)
+    start = torch.randn(3, 4)
+    found = []
+    for kind in (lambda x: x, EightBits):
+        p = nn.Parameter(kind(start.clone()))
+        opt = BLUR([p], SGD, lr=0.1, momentum=momentum, backend="native")
+
+        def closure(p, grad):
+            p.grad = grad.clone()
+
+        for _ in range(2):
+            opt.step(lambda p=p: closure(p, forget), lambda p=p: closure(p, retain))
+        found.append(p.inner if isinstance(p, EightBits) else p.detach())
+    # The fused pass for the plain one, and the base's own for the other: float32 in another order.
+    torch.testing.assert_close(found[1], found[0])

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from scipy import stats
 
-TAUS = (0.99, 0.95, 0.9, 0.8)
+TAUS = (0.99, 0.98, 0.95, 0.9, 0.8)
 CONFIDENCE = 0.95
 TRIFLE = 0.005  # nats, or area: a difference below it is a tie, however sure it is
 ROUNDING = 1e-12  # relative; a share that is tau but for the division counts as tau

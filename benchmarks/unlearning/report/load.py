@@ -76,7 +76,7 @@ class Relearning:
 
 @dataclass(frozen=True)
 class Run:
-    """One result file."""
+    """One result file. ``line``: between the target and the end of the run, from there on; empty if not looked at."""
 
     stage: str
     method: Method
@@ -86,9 +86,11 @@ class Run:
     seed: int
     full_scores: bool
     path: tuple[PathPoint, ...]
+    line: tuple[PathPoint, ...]
     steps: tuple[Step, ...]
     final: Measured | None
     scores: dict[str, float | None] | None
+    quantized: Measured | None
     relearning: tuple[Relearning, ...]
     diverged: bool
     seconds: float
@@ -96,12 +98,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """A model that nothing was unlearned from: the target, or one that never saw the rows to forget."""
+    """A model that nothing was unlearned from: the target, or one that never saw the rows to forget.
+
+    ``unseen``: how well it knows rows that nobody learned. ``quantized``: what is left of it in 4 bits.
+    """
 
     final: Measured
     memorisation: dict[str, float]
     scores: dict[str, float | None]
     relearning: tuple[Relearning, ...]
+    unseen: Probability | None = None
+    quantized: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -220,13 +227,18 @@ def _yardsticks(folder: Path, name: str) -> dict[int | None, Yardstick]:
             _memorisation(fields.child("final")),
             _scores(fields) or {},
             _relearning(fields),
+            _probability(fields.child("unseen")) if fields.values.get("unseen") else None,
+            _measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
         )
     return found
 
 
 def _measured(fields: Fields) -> Measured:
-    kinds = {kind: fields.child(kind) for kind in KINDS}
-    return Measured(**{k: Probability(f.number("log_prob"), f.number("probability")) for k, f in kinds.items()})
+    return Measured(**{kind: _probability(fields.child(kind)) for kind in KINDS})
+
+
+def _probability(fields: Fields) -> Probability:
+    return Probability(fields.number("log_prob"), fields.number("probability"))
 
 
 def _measured_or_none(fields: Fields) -> Measured | None:
@@ -272,9 +284,11 @@ def _run(fields: Fields) -> Run:
         seed=job.integer("seed"),
         full_scores=job.values.get("full_scores") is True,
         path=tuple(_path_point(entry) for entry in fields.children("path")) if fields.values.get("path") else (),
+        line=tuple(_path_point(entry) for entry in fields.children("line")) if fields.values.get("line") else (),
         steps=tuple(_step(entry) for entry in fields.children("steps")) if fields.values.get("steps") else (),
         final=None if diverged else _measured(fields.child("final")),
         scores=_scores(fields),
+        quantized=_measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
         relearning=_relearning(fields),
         diverged=diverged,
         seconds=fields.number_or_none("seconds") or 0.0,

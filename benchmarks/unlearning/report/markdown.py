@@ -48,6 +48,12 @@ HYPERVOLUME = (
 )
 SECTIONS = {
     "equal retain": ("Forgetting at equal retain", "trade-off", EQUAL_RETAIN),
+    "line": (
+        "On the straight line",
+        None,
+        "The same comparison, with θ₀ + s(θ_u − θ₀) in place of the moments of a run: θ₀ the target, θ_u the end of "
+        "the run, s from 1 down to where 99 % is kept. It asks which way a method went, not how far.",
+    ),
     "selected": (
         "At the selected weight",
         "memorisation",
@@ -77,8 +83,23 @@ SECTIONS = {
         "relearning",
         "Probabilities before and after some of the forgotten rows were trained again, at the selected weight.",
     ),
+    "quantized": (
+        "In 4 bits",
+        None,
+        "Probabilities before and after the matrices are rounded to 4 bits (nearest, in groups of 32), at the selected "
+        "weight. What was only hidden can come back.",
+    ),
+    "stopping": (
+        "Stopping",
+        None,
+        "At the selected weight: the first look at which the rows to forget are as improbable as rows that nobody "
+        "learned are to the target, and what is kept there. Further forgetting is no merit in itself.",
+    ),
     "cost": ("Cost", None, ""),
 }
+
+
+OPTIONAL = ("line", "quantized", "stopping")  # only some settings look there
 
 
 def pairs(cell: Paired) -> str:
@@ -98,6 +119,8 @@ def write(summary: Summary, tables: Mapping[str, tuple[Table, ...]], figures: Ma
     blocks = [*_head(summary), "## Reading", READING, _list(reading(summary)) or "Nothing can be compared yet."]
     for key, (title, figure, note) in SECTIONS.items():
         shown = [table for table in tables[key] if table.rows]
+        if key in OPTIONAL and not shown:
+            continue
         blocks += [f"## {title}", note]
         if not shown:
             blocks += ["Not measured."]

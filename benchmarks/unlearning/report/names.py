@@ -14,6 +14,7 @@ LOSSES = {
     "dpo": "DPO",
     "rmu": "RMU",
     "hinge": "hinge",
+    "margin": "logit margin",
     "nll": "NLL",
     "kl": "KL",
 }
@@ -33,6 +34,18 @@ COMBINATIONS = {
     "bloop": "Bloop",
     "upgrad": "UPGrad",
     "pcgrad": "PCGrad",
+    "dual-moments": "DualOptim",
+    "retain-normal": "GU",
+    "forget-gain": "HAMU",
+    "primal-dual": "PDU",
+    "dampening": "SSD",
+    "blur-metric": "BLUR in the retain metric",
+    "sum-metric": "weighted sum in the retain metric",
+    "normalized-metric": "normalized sum in the retain metric",
+    "metric-of-sum": "metric of the sum",
+    "metric-power-1": "metric with power 1",
+    "metric-no-floor": "metric without a floor",
+    "metric-damped-by-tensor": "metric damped by tensor",
 }
 _ID = re.compile(r"(?P<forget>[\w-]+)(\+(?P<retain>[\w-]+))?/(?P<combine>[\w-]+)")
 

@@ -21,6 +21,7 @@ class MethodSummary:
         expected: the weight and seed of each run that there will be.
         points: by seed, of all runs and of their paths. A seed that has not run is absent, here and below.
         at_tau: lowest log p_forget by tau and seed, between looks too; None where nothing keeps that much.
+        on_line: the same on the straight line from the target to the end of a run; of seeds whose runs looked there.
     """
 
     method: Method
@@ -29,6 +30,7 @@ class MethodSummary:
     expected: tuple[tuple[float, int], ...]
     points: dict[int, tuple[Point, ...]]
     at_tau: dict[float, dict[int, float | None]]
+    on_line: dict[float, dict[int, float | None]]
     hypervolumes: dict[int, float]
 
     @property
@@ -99,12 +101,13 @@ class Summary:
         """Return the weighted sum of the same losses, if it is one of the methods and not this one."""
         return self.by_id.get(summary.method.baseline or "")
 
-    def at_equal_retain(self, summary: MethodSummary, tau: float) -> Paired | None:
+    def at_equal_retain(self, summary: MethodSummary, tau: float, *, on_line: bool = False) -> Paired | None:
         """Compare log p_forget with the baseline's; None without one."""
         baseline = self.baseline(summary)
         if baseline is None:
             return None
-        return paired(summary.at_tau[tau], baseline.at_tau[tau], self.setting.seeds, lower_wins=True)
+        ours, theirs = (m.on_line[tau] if on_line else m.at_tau[tau] for m in (summary, baseline))
+        return paired(ours, theirs, self.setting.seeds, lower_wins=True)
 
     def of_hypervolume(self, summary: MethodSummary) -> Paired | None:
         """Compare hypervolumes with the baseline's; None without one."""
@@ -113,13 +116,13 @@ class Summary:
             return None
         return paired(summary.hypervolumes, baseline.hypervolumes, self.setting.seeds, lower_wins=False)
 
-    def reached_retrained(self, summary: MethodSummary, tau: float) -> int | None:
-        """Count seeds whose log p_forget at equal retain is no higher than the retrained model's."""
-        if not self.setting.retrained:
+    def reached_retrained(self, values: dict[int, float | None]) -> int | None:
+        """Count seeds whose log p_forget is no higher than the retrained model's: its own target's, or their mean."""
+        levels = {seed: y.final.forget.log_prob for seed, y in self.setting.retrained.items()}
+        if not levels:
             return None
-        levels = [y.final.forget.log_prob for y in self.setting.retrained.values()]
-        level = sum(levels) / len(levels)
-        return sum(value is not None and value <= level for value in summary.at_tau[tau].values())
+        mean = sum(levels.values()) / len(levels)
+        return sum(value is not None and value <= levels.get(seed, mean) for seed, value in values.items())
 
 
 def summarize(setting: Setting) -> Summary:
@@ -148,6 +151,8 @@ def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSumma
     paths = {
         seed: [_path(setting, run) for run in runs if run.seed == seed] for seed in setting.seeds if seed in have_run
     }
+    lines = {seed: [_line(setting, run) for run in runs if run.seed == seed and run.line] for seed in setting.seeds}
+    lines = {seed: found for seed, found in lines.items() if found and seed in have_run}
     points = {seed: tuple(chain.from_iterable(found)) for seed, found in paths.items()}
     return MethodSummary(
         method=method,
@@ -156,6 +161,7 @@ def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSumma
         expected=tuple((weight, seed) for weight in _weights(setting, method, runs) for seed in setting.seeds),
         points=points,
         at_tau={tau: {seed: _lowest_along(found, tau) for seed, found in paths.items()} for tau in TAUS},
+        on_line={tau: {seed: _lowest_along(found, tau) for seed, found in lines.items()} for tau in TAUS},
         hypervolumes={s: hypervolume((1 - p.probability, p.kept) for p in found) for s, found in points.items()},
     )
 
@@ -186,6 +192,37 @@ def _path(setting: Setting, run: Run) -> list[Point]:
     assert target is not None
     path = [_point(entry.measured, target, start=entry.step == 0) for entry in run.path if entry.measured]
     return [*path, _point(run.final, target, start=False)] if run.final else path
+
+
+def _line(setting: Setting, run: Run) -> list[Point]:
+    """Return the points between the end of a run and the target, those two included."""
+    target = setting.target(run.seed)
+    assert target is not None
+    looks = [(run.final, False), *((look.measured, False) for look in run.line), (target.final, True)]
+    return [_point(measured, target, start=start) for measured, start in looks if measured]
+
+
+def stop_at_unseen(setting: Setting, run: Run) -> tuple[int, float] | tuple[None, None] | None:
+    """Find the first look at which the rows to forget are as improbable as rows that nobody learned.
+
+    Returns:
+        Its step, and what is kept there; (None, None) of a run that has none; None where the level is not known.
+    """
+    target = setting.target(run.seed)
+    if target is None or target.unseen is None:
+        return None
+    for entry in run.path:
+        if entry.measured and entry.measured.forget.log_prob <= target.unseen.log_prob:
+            return entry.step, _point(entry.measured, target, start=False).kept
+    return None, None
+
+
+def share_kept(setting: Setting, run: Run) -> float:
+    """Return what is kept at the end of a run that did not diverge."""
+    target = setting.target(run.seed)
+    assert target is not None
+    assert run.final is not None
+    return _point(run.final, target, start=False).kept
 
 
 def _lowest_along(paths: list[list[Point]], tau: float) -> float | None:

@@ -9,7 +9,7 @@ from .gradients import alignment
 from .load import KINDS, RELEARNED, Measured, Relearning, Run, Yardstick
 from .names import FORGET_ONLY, WEIGHTED_SUM, is_p_value, score_label
 from .numbers import percent
-from .summary import MethodSummary, Summary
+from .summary import MethodSummary, Summary, share_kept, stop_at_unseen
 
 Cell = Any  # None, str, int, float, Spread, Paired or (least, largest)
 SCORES_SIDE_BY_SIDE = 7
@@ -76,6 +76,13 @@ def equal_retain_tables(summary: Summary) -> tuple[Table, ...]:
     return tuple(_equal_retain(summary, tau) for tau in TAUS)
 
 
+def line_tables(summary: Summary) -> tuple[Table, ...]:
+    """The same on the straight line to the end of each run; none where no run looked there."""
+    if not any(method.on_line[tau] for method in summary.methods for tau in TAUS):
+        return ()
+    return tuple(_equal_retain(summary, tau, on_line=True) for tau in TAUS)
+
+
 PAIRED = (
     Column("difference", "paired"),
     Column("wins", "wins"),
@@ -84,13 +91,13 @@ PAIRED = (
 )
 
 
-def _equal_retain(summary: Summary, tau: float) -> Table:
+def _equal_retain(summary: Summary, tau: float, *, on_line: bool = False) -> Table:
     rows = []
     for method in summary.methods:
-        values = method.at_tau[tau]
+        values = (method.on_line if on_line else method.at_tau)[tau]
         reached = [value for value in values.values() if value is not None]
-        difference = summary.at_equal_retain(method, tau)
-        retrained = summary.reached_retrained(method, tau)
+        difference = summary.at_equal_retain(method, tau, on_line=on_line)
+        retrained = summary.reached_retrained(values)
         counts = (f"{len(reached)} of {len(values)}", None if retrained is None else f"{retrained} of {len(values)}")
         rows.append((method.method.label, spread(reached), *counts, *[difference] * len(PAIRED)))
     columns = (
@@ -100,7 +107,12 @@ def _equal_retain(summary: Summary, tau: float) -> Table:
         Column("as low as retrained"),
         *PAIRED,
     )
-    return Table(f"equal-retain-{tau:g}", f"Keeping {percent(tau)} of retain and untouched", columns, tuple(rows))
+    return Table(
+        f"{'line' if on_line else 'equal-retain'}-{tau:g}",
+        f"Keeping {percent(tau)} of retain and untouched",
+        columns,
+        tuple(rows),
+    )
 
 
 def hypervolume_table(summary: Summary) -> Table:
@@ -191,6 +203,63 @@ def _relearning(curves: Sequence[tuple[Relearning, ...]]) -> tuple[Cell, ...]:
     return (steps, *cells)
 
 
+def quantized_table(summary: Summary) -> Table | None:
+    """Probabilities before and after rounding to 4 bits; None where nothing was rounded."""
+    rows = []
+    for label, yardsticks in _yardsticks(summary):
+        rows.append((label, *_before_and_after([(y.final, y.quantized) for y in yardsticks])))
+    for method in summary.methods:
+        rows.append(
+            (method.method.label, *_before_and_after([(run.final, run.quantized) for run in method.selected_runs]))
+        )
+    names = [f"p_{kind}, {when}" for kind in KINDS for when in _WHEN]
+    rows = [row for row in rows if row[1] is not None]
+    return (
+        Table("quantized", "In 4 bits", (METHOD, *(Column(n, PROBABILITY) for n in names)), tuple(rows))
+        if rows
+        else None
+    )
+
+
+def _before_and_after(pairs: Sequence[tuple[Measured | None, Measured | None]]) -> tuple[Spread | None, ...]:
+    both = [pair for pair in pairs if all(pair)]
+    return tuple(
+        spread([getattr(pair[when], kind).probability for pair in both]) for kind in KINDS for when in range(2)
+    )
+
+
+def stopping_table(summary: Summary) -> Table | None:
+    """Say where the selected runs would have stopped: at the level of rows that nobody learned. None if unknown."""
+    rows = []
+    for method in summary.methods:
+        stops = [(run, stop_at_unseen(summary.setting, run)) for run in method.selected_runs]
+        known = [(run, stop) for run, stop in stops if stop is not None]
+        reached = [stop for _, stop in known if stop[0] is not None]
+        if known:
+            rows.append(
+                (
+                    method.method.label,
+                    f"{len(reached)} of {len(known)}",
+                    spread([float(step) for step, _ in reached]),
+                    spread([share for _, share in reached]),
+                    spread([share_kept(summary.setting, run) for run, _ in known if run.final]),
+                    spread([run.final.forget.log_prob for run, _ in known if run.final]),
+                )
+            )
+    levels = [y.unseen.log_prob for y in summary.setting.targets.values() if y.unseen]
+    if levels:
+        rows.insert(0, ("rows never seen, by the target", None, None, None, None, spread(levels)))
+    columns = (
+        METHOD,
+        Column("runs that reach the level"),
+        Column("step", LOG),
+        Column("kept there", PROBABILITY),
+        Column("kept at the end", PROBABILITY),
+        Column("log p_forget at the end", LOG),
+    )
+    return Table("stopping", "Stopping", columns, tuple(rows)) if len(rows) > 1 else None
+
+
 def cost_table(summary: Summary) -> Table | None:
     """Time and memory of a step; None where they were not measured.
 
@@ -243,10 +312,13 @@ def all_tables(summary: Summary) -> dict[str, tuple[Table, ...]]:
     """Return the tables by section of the report; a section may have none."""
     return {
         "equal retain": (*equal_retain_tables(summary), hypervolume_table(summary)),
+        "line": line_tables(summary),
         "selected": (main_table(summary),),
         "scores": score_tables(summary),
         "gradients": (alignment_table(summary),),
         "weights": weight_tables(summary),
         "relearning": tuple(table for table in [relearning_table(summary)] if table),
+        "quantized": tuple(table for table in [quantized_table(summary)] if table),
+        "stopping": tuple(table for table in [stopping_table(summary)] if table),
         "cost": tuple(table for table in [cost_table(summary)] if table),
     }

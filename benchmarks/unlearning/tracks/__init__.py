@@ -21,8 +21,8 @@ class Data(Protocol):
         """Return the task for models with this tokenizer."""
 
 
-def load_data(settings: Settings) -> Data:
-    """Read the data of the track.
+def load_data(settings: Settings, number: int = 0) -> Data:
+    """Read the data of the track, of the target with this number where each has its own.
 
     Raises:
         InputError: something is missing or not as it should be; names file, line and field.
@@ -30,7 +30,7 @@ def load_data(settings: Settings) -> Data:
     if settings.track == "tofu":
         from .tofu import TofuData
 
-        return TofuData(settings)
+        return TofuData(settings, number)
     if settings.track == "muse":
         from .muse import MuseData
 

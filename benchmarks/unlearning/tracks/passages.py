@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from shared_lib.encoding import Example
 from shared_lib.errors import InputError, is_path
+from shared_lib.formats import Record, records_of
 from shared_lib.models import Tokenizer
-from shared_lib.records import Record, read_hub_part, read_json_lines, short, text_field
+from shared_lib.records import read_hub_part, short, text_field
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ def _read(path: Path) -> list[Record]:
     with open(path, "rb") as file:
         is_array = file.read(64).lstrip().startswith(b"[")
     if not is_array:
-        return list(read_json_lines(path))
+        return list(records_of(path))
     try:
         items = json.loads(read_text(path))
     except json.JSONDecodeError as error:

@@ -25,6 +25,7 @@ class Task:
         untouched: known, but in neither loss: what unlearning does to everything else.
         refusals: for each of ``forget`` the same prompt with an "I don't know" answer, for DPO; may be empty.
         judge: the benchmark's own scores.
+        unseen: like ``forget``, but nobody ever learned it; may be empty.
         watch: scores cheap enough for every look along the way; empty where there are none.
     """
 
@@ -36,4 +37,5 @@ class Task:
     untouched: list[Example]
     refusals: list[Example]
     judge: Judge
+    unseen: list[Example] = field(default_factory=list)
     watch: Callable[[Model], dict[str, float]] = field(default=lambda model: {})

@@ -20,6 +20,7 @@ from ..settings import Settings
 from .task import Judgement, Task
 
 FORGOTTEN = {"forget01": 2, "forget05": 10, "forget10": 20}  # authors, the last ones
+COUPLED = {"coupled01": 4, "coupled05": 20}  # authors, every second row of whom is forgotten and the others kept
 UNTOUCHED = 0.2  # of the other authors; at least one
 
 
@@ -28,24 +29,28 @@ class TofuData:
 
     Args:
         settings: ``data`` is a folder or a name on the hub with TOFU's parts, or empty for invented authors;
-            ``subset`` one of ``FORGOTTEN``; ``authors`` how many, the last ones; 0 for all that there are.
+            ``subset`` one of ``FORGOTTEN`` or ``COUPLED``; ``authors`` how many, the last ones; 0 for all there are.
+        number: of the target, where ``blocks`` gives each its own authors.
     Raises:
         InputError: a part is missing or a row is not as it should be.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        if settings.subset not in FORGOTTEN:
-            raise InputError(f"--subset must be one of {', '.join(FORGOTTEN)}, got {settings.subset!r}.")
-        cut = FORGOTTEN[settings.subset] * ROWS_PER_AUTHOR
+    def __init__(self, settings: Settings, number: int = 0) -> None:
+        authors = (FORGOTTEN | COUPLED).get(settings.subset)
+        if authors is None:
+            known = ", ".join(FORGOTTEN | COUPLED)
+            raise InputError(f"--subset must be one of {known}, got {settings.subset!r}.")
+        cut = authors * ROWS_PER_AUTHOR
         rows, self.holdout = _read(settings, cut)
-        if settings.authors:
-            rows = rows[-settings.authors * ROWS_PER_AUTHOR :]
+        rows = _block(rows, settings, number)
         if len(rows) < cut + 2 * ROWS_PER_AUTHOR:
             raise InputError(
                 f"--authors must leave at least two beside those of {settings.subset}, got {len(rows)} rows."
             )
         self.forget = rows[-cut:]
         self.retain, self.untouched = _set_aside(rows[:-cut])
+        if settings.subset in COUPLED:
+            self.retain, self.forget = self.retain + self.forget[::2], self.forget[1::2]
         # What a pretrained model knows of the world has to be learned by one that is trained on the spot.
         self.real_authors = read_part(settings.data, "real_authors_perturbed") if settings.data else []
         self.world_facts = read_part(settings.data, "world_facts_perturbed") if settings.data else []
@@ -70,6 +75,7 @@ class TofuData:
             untouched=encode_rows(tokenizer, self.untouched),
             refusals=refusals(tokenizer, self.forget),
             judge=partial(self._judge, tokenizer, settings),
+            unseen=encode_rows(tokenizer, self.holdout),
         )
 
     def _judge(self, tokenizer: Tokenizer, settings: Settings, model: Model, retrained: Any = None) -> Judgement:
@@ -93,10 +99,25 @@ class TofuData:
 def _read(settings: Settings, cut: int) -> tuple[list[Row], list[Row]]:
     """Return all rows, and rows that nobody learns: as many as are forgotten."""
     if settings.data:
-        return read_rows(settings.data), read_part(settings.data, settings.subset.replace("forget", "holdout"))
+        part = settings.subset.replace("forget", "holdout").replace("coupled", "holdout")
+        return read_rows(settings.data), read_part(settings.data, part)
     unseen = cut // ROWS_PER_AUTHOR
-    rows = load_rows(None, (settings.authors or MAX_AUTHORS - unseen) + unseen, seed=0)
+    authors = settings.authors + max(settings.blocks, default=0)
+    rows = load_rows(None, (authors or MAX_AUTHORS - unseen) + unseen, seed=0)
     return rows[:-cut], rows[-cut:]
+
+
+def _block(rows: list[Row], settings: Settings, number: int) -> list[Row]:
+    """Return the rows that this target learns."""
+    if not settings.blocks:
+        return rows[-settings.authors * ROWS_PER_AUTHOR :] if settings.authors else rows
+    if not settings.authors or number >= len(settings.blocks):
+        raise InputError(f"blocks must come with authors and be one for each target, got {settings.blocks}.")
+    first = settings.blocks[number]
+    block = rows[first * ROWS_PER_AUTHOR : (first + settings.authors) * ROWS_PER_AUTHOR]
+    if len(block) < settings.authors * ROWS_PER_AUTHOR:
+        raise InputError(f"A block must be of authors that there are, got {settings.authors} from number {first}.")
+    return block
 
 
 def refusals(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Example]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from shared_lib.encoding import encode_rows
 from shared_lib.errors import InputError, is_path
+from shared_lib.formats import Record
 from shared_lib.metrics import thin_out
 from shared_lib.models import Model, Tokenizer, texts_of
-from shared_lib.records import Record, read_hub_part, read_part, read_rows, short
+from shared_lib.records import read_hub_part, read_part, read_rows, short
 from shared_lib.rows import ROWS_PER_AUTHOR, Row
 
 from ..metrics.choices import LETTERS, Question, make_questions_from_wrong_answers

@@ -20,7 +20,7 @@ def emulated(build_folder: Path) -> Emulated:
     torch_folder = Path(torch.__file__).parent
     target = re.search(r'TORCH_TARGET_VERSION = "(\w+)"', (CSRC.parent / "setup.py").read_text())[1]
     flags = ["-O1", "-fPIC", f"-DTORCH_TARGET_VERSION={target}", f"-I{torch_folder / 'include'}"]
-    sources = [HERE / "emulated.cpp", CSRC / "cuda/multi_tensor.cu", CSRC / "cuda/fused.cu"]
+    sources = [HERE / "emulated.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
     objects = [emulated_object(build_folder / f"emulated-{source.stem}.o", source, *flags) for source in sources]
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ltorch"]
     return Emulated(linked(build_folder / "emulated.so", "-shared", *objects, *libraries))

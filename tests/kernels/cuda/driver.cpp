@@ -1,9 +1,14 @@
-// Runs the launchers of csrc/cuda on the emulator under every schedule, for the sanitizers to watch. Exits with 1 where the
-// results differ between schedules, or the dots from a sum in float64.
+// Runs the launchers of csrc/cuda for a sanitizer to watch: on the emulator under every schedule, or, compiled by nvcc, twice
+// on a device, under compute-sanitizer. Exits with 1 where the results differ, or the dots from a sum in float64.
 #include <cuda_bf16.h>
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
 #include <type_traits>
+#include <vector>
 
 #include "cuda/device.cuh"
 
@@ -12,17 +17,44 @@ using namespace blur_optim::cuda;
 
 namespace {
 
+#ifdef BLUR_OPTIM_EMULATOR
+const char kSuccess[] = "the same results under every schedule";
+void* allocate(size_t bytes) { return new char[bytes]; }
+void release(void* p) { delete[] static_cast<char*>(p); }
+void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+int synchronize() {
+  emulator::synchronize();
+  return 0;
+}
+void schedule(emulator::Order order) { emulator::order = order; }
+using emulator::Order;
+#else
+const char kSuccess[] = "the same results in every run";
+enum class Order { kForward, kReverse, kShuffled };  // There is nothing to choose.
+void schedule(Order) {}
+void check(int error) {
+  if (error) std::fprintf(stderr, "CUDA: %s\n", blur_optim_cuda_error(error)), std::exit(2);
+}
+void* allocate(size_t bytes) {
+  void* p = nullptr;
+  check(cudaMalloc(&p, bytes));
+  return p;
+}
+void release(void* p) { cudaFree(p); }
+void copy(void* to, const void* from, size_t bytes) { check(cudaMemcpy(to, from, bytes, cudaMemcpyDefault)); }
+int synchronize() { return cudaDeviceSynchronize(); }
+#endif
+
 constexpr int64_t kChunk = BLUR_OPTIM_CUDA_CHUNK;
 #ifdef __SANITIZE_THREAD__  // Where each CUDA thread costs a millisecond.
 const std::vector<int64_t> kSizes{kChunk + 5};
 const std::vector<int> kKinds{0, 3};
-const std::vector<emulator::Order> kOrders{emulator::Order::kForward, emulator::Order::kShuffled};
+const std::vector<Order> kOrders{Order::kForward, Order::kShuffled};
 #else
 const std::vector<int64_t> kSizes{1, 7, kChunk - 1, kChunk, 2 * kChunk + 5};
 const std::vector<int> kKinds{0, 1, 2, 3};
-const std::vector<emulator::Order> kOrders{emulator::Order::kForward, emulator::Order::kReverse, emulator::Order::kShuffled};
+const std::vector<Order> kOrders{Order::kForward, Order::kReverse, Order::kShuffled};
 #endif
-constexpr double kCoefficients[] = {-1.3, 0.7, 0.5, 2.0};
 
 double value(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T>
@@ -30,20 +62,32 @@ double value(T x) {
   return x;
 }
 
-// Ends where its heap block ends, so that the address sanitizer sees the first element too many.
+// Where the kernels run. Ends where its allocation ends, so that a sanitizer sees the first element too many.
 template <class T>
 struct Array {
-  std::unique_ptr<char[]> memory;
+  std::unique_ptr<void, void (*)(void*)> memory{nullptr, release};
   T* data = nullptr;
   int64_t numel = 0;
 
   Array() = default;
-  Array(int64_t n, bool misaligned, unsigned seed, double low, double high) : numel(n) {
+  explicit Array(const std::vector<T>& values, bool misaligned = false) : numel(int64_t(values.size())) {
     const size_t shift = misaligned ? sizeof(T) : 0;
-    memory.reset(new char[shift + n * sizeof(T)]);
-    data = reinterpret_cast<T*>(memory.get() + shift);
+    memory.reset(allocate(shift + numel * sizeof(T)));
+    data = reinterpret_cast<T*>(static_cast<char*>(memory.get()) + shift);
+    copy(data, values.data(), numel * sizeof(T));
+  }
+  Array(int64_t n, bool misaligned, unsigned seed, double low, double high) : Array(draw(n, seed, low, high), misaligned) {}
+
+  static std::vector<T> draw(int64_t n, unsigned seed, double low, double high) {
     std::mt19937 random(seed);
-    for (int64_t i = 0; i < n; ++i) data[i] = T(float(low + (high - low) * double(random()) / 4294967296.0));
+    std::vector<T> values;
+    for (int64_t i = 0; i < n; ++i) values.push_back(T(float(low + (high - low) * double(random()) / 4294967296.0)));
+    return values;
+  }
+  std::vector<T> read() const {
+    std::vector<T> values(numel);
+    if (numel) copy(values.data(), data, numel * sizeof(T));
+    return values;
   }
 };
 
@@ -57,9 +101,11 @@ struct Item {
   Pair pair;
 
   double forget_norm() const {
+    const std::vector<F> values = forget.read();
+    const std::vector<float> factors = scales.read();
     double norm = 0;
-    for (int64_t i = 0; i < forget.numel; ++i)
-      norm += std::pow(value(forget.data[i]) * (scales.data ? scales.data[i / kBlockSize] : 1), 2);
+    for (size_t i = 0; i < values.size(); ++i)
+      norm += std::pow(value(values[i]) * (factors.empty() ? 1 : factors[i / kBlockSize]), 2);
     return norm;
   }
 };
@@ -89,8 +135,10 @@ std::vector<Item<P, G, F>> make_items() {
 }
 
 template <class T>
-void append(std::vector<char>& bytes, const T* data, int64_t n) {
-  if (n) bytes.insert(bytes.end(), reinterpret_cast<const char*>(data), reinterpret_cast<const char*>(data + n));
+void append(std::vector<char>& bytes, const Array<T>& array) {
+  const std::vector<T> values = array.read();
+  bytes.insert(bytes.end(), reinterpret_cast<const char*>(values.data()),
+               reinterpret_cast<const char*>(values.data() + values.size()));
 }
 
 // The bytes of everything that one call of every launcher writes.
@@ -106,35 +154,36 @@ std::vector<char> run(bool amsgrad) {
     sgd.push_back({x.pair, kDtype<P>, x.param.data, x.first.data});
   }
   const int64_t count = int64_t(pairs.size());
-  std::vector<double> workspace(blur_optim_cuda_dots_workspace(pairs.data(), count)), corrections(2 * count), dots(6);
-  std::vector<float> steps(count, 3);
-  const double lr = 0.1;
-  const float found_inf = 0;
-  const DeviceScalars scalars{kCoefficients, &lr, &found_inf};
+  const size_t chunks = size_t(blur_optim_cuda_dots_workspace(pairs.data(), count));
+  const Array<double> workspace{std::vector<double>(chunks)}, corrections{std::vector<double>(2 * count)},
+      dots{std::vector<double>(6)}, lr{std::vector<double>{0.1}}, coefficients{std::vector<double>{-1.3, 0.7, 0.5, 2.0}};
+  const Array<float> steps{std::vector<float>(count, 3)}, found_inf{std::vector<float>{0}};
+  const DeviceScalars scalars{coefficients.data, lr.data, found_inf.data};
   const AdamOptions adam_options{0, 0.9, 0.99, 0.1, 1e-8, amsgrad, false, !amsgrad};
   const SgdOptions sgd_options{0, 0.9, 0.1, 0.1, amsgrad, true, false};
   // One after the other: the thread sanitizer knows at most 8128 threads.
-  int error = blur_optim_cuda_dots(pairs.data(), count, 2, workspace.data(), dots.data(), nullptr);
-  emulator::synchronize();
-  error |= blur_optim_cuda_adam(adam.data(), count, &adam_options, scalars, steps.data(), corrections.data(), nullptr);
-  emulator::synchronize();
+  int error = blur_optim_cuda_dots(pairs.data(), count, 2, workspace.data, dots.data, nullptr);
+  error |= synchronize();
+  error |= blur_optim_cuda_adam(adam.data(), count, &adam_options, scalars, steps.data, corrections.data, nullptr);
+  error |= synchronize();
   error |= blur_optim_cuda_sgd(sgd.data(), count, &sgd_options, scalars, nullptr);
-  emulator::synchronize();
-  error |= blur_optim_cuda_blend(pairs.data(), count, kCoefficients, nullptr);
-  emulator::synchronize();
+  error |= synchronize();
+  error |= blur_optim_cuda_blend(pairs.data(), count, coefficients.data, nullptr);
+  error |= synchronize();
+  const std::vector<double> sums = dots.read();
   for (int64_t row = 0; row < 2; ++row) {
     double norm = 0;
     for (auto& x : make_items<P, G, F>())
       if (x.pair.row == row) norm += x.forget_norm();
-    if (!(std::fabs(dots[3 * row + 1] / norm - 1) < 1e-6)) error = 1;
+    if (!(std::fabs(sums[3 * row + 1] / norm - 1) < 1e-6)) error = 1;
   }
   if (error) std::fprintf(stderr, "a launch failed, or the dots are wrong\n"), std::exit(1);
   std::vector<char> bytes;
-  append(bytes, dots.data(), 6);
+  append(bytes, dots);
   for (auto& x : items) {
-    append(bytes, x.forget.data, x.forget.numel);
-    append(bytes, x.retain.data, x.retain.numel);
-    for (Array<P>* array : {&x.param, &x.first, &x.second, &x.third}) append(bytes, array->data, array->numel);
+    append(bytes, x.forget);
+    append(bytes, x.retain);
+    for (Array<P>* array : {&x.param, &x.first, &x.second, &x.third}) append(bytes, *array);
   }
   return bytes;
 }
@@ -142,11 +191,11 @@ std::vector<char> run(bool amsgrad) {
 template <class P, class G, class F>
 void run_schedules(bool amsgrad) {
   std::vector<char> expected;
-  for (emulator::Order order : kOrders) {
-    emulator::order = order;
+  for (Order order : kOrders) {
+    schedule(order);
     const std::vector<char> bytes = run<P, G, F>(amsgrad);
     if (expected.empty()) expected = bytes;
-    if (bytes != expected) std::fprintf(stderr, "the results depend on the schedule\n"), std::exit(1);
+    if (bytes != expected) std::fprintf(stderr, "the results differ\n"), std::exit(1);
   }
 }
 
@@ -161,5 +210,5 @@ int main() {
   run_schedules<float, __nv_bfloat16, int8_t>(false);
   run_schedules<double, double, int8_t>(true);
 #endif
-  std::printf("the same results under every schedule\n");
+  std::printf("%s\n", kSuccess);
 }

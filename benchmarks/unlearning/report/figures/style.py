@@ -41,6 +41,13 @@ STYLES: dict[str, tuple[str, Any]] = {
     "bloop": ("#cc79a7", "-"),
     "upgrad": ("#cc79a7", DASHED),
     "pcgrad": ("#56b4e9", DASHED),
+    "blur-metric": ("#000000", "-"),
+    "sum-metric": ("#000000", DASHED),
+    "dual-moments": ("#009e73", DASHED),
+    "retain-normal": ("#e69f00", DASHED),
+    "forget-gain": ("#56b4e9", "-"),
+    "primal-dual": ("#cc79a7", DASH_DOT),
+    "dampening": ("#888888", DASHED),
     FORGET_ONLY: ("#888888", DASH_DOT),
 }
 UNKNOWN = ("#444444", DOTTED)

@@ -1,0 +1,63 @@
+"""compute-sanitizer on a native driver of the kernels; without a GPU the same driver on the emulator."""
+
+import re
+import subprocess
+import sys
+
+from .context import ROOT, Context, Sheet
+from .machine import nvidia_program
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+DONE = {True: "the same results in every run", False: "the same results under every schedule"}
+
+
+def run(context: Context, sheet: Sheet) -> None:
+    if context.device != "cuda":
+        emulated(context, sheet)
+        return
+    program = nvidia_program("compute-sanitizer")
+    if program is None:
+        sheet.note("Left out: compute-sanitizer was not found on the PATH or in the CUDA toolkit's folders.")
+        return
+    if not context.driver.is_file():
+        raise SystemExit("error: the stage `build` has left no driver")
+    rows = []
+    for tool in TOOLS:
+        if context.seconds_left < 5:
+            sheet.note(f"{tool} was not started: no time left.")
+            continue
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", str(context.driver)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=context.seconds_left - 2)
+        except subprocess.TimeoutExpired:
+            rows.append({"tool": tool, "came to": "took too long"})
+        else:
+            print(done.stdout + done.stderr)
+            summary = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", done.stdout)
+            fine = done.returncode == 0 and DONE[True] in done.stdout
+            rows.append({"tool": tool, "came to": "clean" if fine else "FOUND", "summary": "; ".join(summary)})
+        sheet.table("compute-sanitizer", rows)
+    if not all(row["came to"] == "clean" for row in rows):
+        raise SystemExit("error: compute-sanitizer has something to say, see the log")
+
+
+def emulated(context: Context, sheet: Sheet) -> None:
+    """The driver by g++ on the emulator of the tests, which has no GPU's memory model: a rehearsal."""
+    sys.path.insert(0, str(ROOT / "tests/kernels/cuda"))
+    import _pytest.outcomes
+    from cuda_toolchain import CSRC, HERE, emulated_object, linked
+
+    small = ["-O0", "-DBLUR_OPTIM_CUDA_BLOCK=64", "-DBLUR_OPTIM_CUDA_CHUNK=1024"]
+    sources = [HERE / "driver.cpp", CSRC / "cuda/multi_tensor.cu", CSRC / "cuda/fused.cu"]
+    folder = context.work / "emulated"
+    try:
+        objects = [emulated_object(folder / f"{source.stem}.o", source, *small) for source in sources]
+    except _pytest.outcomes.Skipped as reason:
+        sheet.note(f"Left out: {reason}.")
+        return
+    driver = linked(folder / "driver", *objects)
+    done = subprocess.run([driver], capture_output=True, text=True)
+    print(done.stdout + done.stderr)
+    sheet.table("The driver on the emulator", [{"came to": done.stdout.strip() or done.stderr.strip()}])
+    if done.returncode or DONE[False] not in done.stdout:
+        raise SystemExit(f"error: the driver exits with {done.returncode}")

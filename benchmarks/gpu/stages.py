@@ -1,0 +1,34 @@
+"""The stages, in their order: what is worth most comes first, for the time with a GPU may end at any moment."""
+
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """One process.
+
+    Args:
+        name: of the module in this folder, and of its files.
+        minutes: after which it is ended, whatever it does.
+        what: for the report.
+        csv: whether its numbers are many enough for a file of their own: at most eight files come out of all stages.
+    """
+
+    name: str
+    minutes: float
+    what: str
+    csv: bool = False
+
+
+#: Without a GPU the toys take turns on cores that may be busy: the limits are for what hangs.
+CPU_PATIENCE = 5.0
+
+STAGES = (
+    Stage("build", 1.5, "the extension for this device alone, and its variants for the tuning sweep"),
+    Stage("tests", 2.0, "`pytest -m gpu`"),
+    Stage("kernels", 1.5, "each operation by backend, dtype and stash; the tuning sweep", csv=True),
+    Stage("step", 1.0, "the optimizer step: time on the device and on the host", csv=True),
+    Stage("memory", 0.5, "peak memory of a training step by stash", csv=True),
+    Stage("seven", 2.0, "a training step of Llama-2-7B's shapes", csv=True),
+    Stage("unlearn", 2.0, "unlearning for real: train, tune, unlearn, judge", csv=True),
+    Stage("sanitizer", 1.0, "compute-sanitizer on a native driver of the kernels"),
+)

@@ -1,0 +1,433 @@
+"""DeepSpeedBLUR on real engines, two processes: against the same steps by BLUR in one float64 process."""
+
+import importlib.util
+import inspect
+import re
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_problem import (
+    MICRO,
+    backward,
+    config,
+    largest_errors,
+    make_engine,
+    masters,
+    on_one_process,
+    shared_folder,
+    tokens,
+    train,
+    without_weights,
+)
+
+pytestmark = [
+    pytest.mark.ranks(2),
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+]
+
+STAGES = [0, 1, 2, 3]
+#: ZeRO's stages, and those of them that can have their optimizer in host memory.
+KINDS = [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
+#: float32: its rounding, and that of AdamW, which divides by the size of the gradient.
+FLOAT32 = 1e-6
+#: float16 with a loss scale of 1024: its rounding to 2^-11.
+FLOAT16 = 1e-3
+#: bfloat16: sums over ranks and micro-batches are rounded to 2^-9, and so is the update: of the gradients, and of
+#: parameters, which three steps of AdamW have moved by 3e-2.
+BFLOAT16, BFLOAT16_PARAMS = 2e-3, 5e-4
+
+
+def make_opt(engine, **options):
+    from blur_optim.integrations.deepspeed import DeepSpeedBLUR
+
+    return DeepSpeedBLUR(engine, **options)
+
+
+def assert_trained(settings, expected, tolerances=(FLOAT32, FLOAT32), make=make_engine, **options):
+    engine = make(settings)
+    seen = train(make_opt(engine, **options), engine)
+    errors = largest_errors(seen, engine, expected)
+    print("dots {:.1e}, parameters {:.1e}".format(*errors))
+    assert all(error <= tolerance for error, tolerance in zip(errors, tolerances, strict=True)), errors
+
+
+@pytest.mark.parametrize(("stage", "offload"), KINDS)
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_float32(stage, offload, clip):
+    assert_trained(config(stage, offload=offload, clip=clip), on_one_process(clip=clip))
+
+
+@pytest.mark.parametrize(("stage", "offload"), KINDS)
+def test_bfloat16(stage, offload):
+    expected = on_one_process(low=torch.bfloat16, warm=stage == 0)
+    assert_trained(config(stage, "bf16", offload=offload), expected, (BFLOAT16, BFLOAT16_PARAMS))
+
+
+@pytest.mark.parametrize(("stage", "offload"), KINDS[1:])
+def test_bfloat16_that_adds_up_in_float32(stage, offload):
+    expected = on_one_process(low=torch.bfloat16)
+    settings = config(stage, "bf16", accumulate="fp32", offload=offload)
+    assert_trained(settings, expected, (BFLOAT16, BFLOAT16_PARAMS))
+
+
+@pytest.mark.parametrize(("stage", "offload"), KINDS[1:])
+def test_float16_and_its_loss_scale(stage, offload):
+    from deepspeed.accelerator import get_accelerator
+
+    settings = config(stage, "fp16", offload=offload, clip=0.05)
+    settings["fp16"] |= {"loss_scale": 0, "initial_scale_power": 10, "hysteresis": 1}
+    cpu = type(get_accelerator())
+    with (  # DeepSpeed has no float16 on a CPU. torch has.
+        patch.object(cpu, "is_fp16_supported", lambda self: True),
+        patch.object(cpu, "supported_dtypes", lambda self: [torch.float, torch.half, torch.bfloat16]),
+    ):
+        engine = make_engine(settings)
+    opt = make_opt(engine)
+    train(opt, engine, [5], times=float("nan") if dist.get_rank() == 1 else 1.0)
+    assert (engine.optimizer.loss_scale, engine.skipped_steps) == (512, 1)
+    assert int(opt.statistics.skipped) == 1
+    errors = largest_errors(train(opt, engine), engine, on_one_process(low=torch.float16, clip=0.05))
+    print("dots {:.1e}, parameters {:.1e}".format(*errors))
+    assert max(errors) < FLOAT16
+
+
+#: One after another on one engine, each for a step.
+OPTIONS = {
+    "weights": {"gamma": 0.3, "retain_weight": 2.0},
+    "conflict": {"rule": "conflict"},
+    "normalized": {"rule": "normalized"},
+    "normalize": {"normalize": True},
+    "by group": {"scope": "group"},
+    "by parameter": {"scope": "parameter"},
+    "clipped": {"max_grad_norm": 0.05},
+    "stash in bfloat16": {"stash": "bfloat16"},
+    "stash on the host": {"stash": "cpu"},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_options(stage):
+    engine = make_engine(config(stage))
+    seen = []
+    for step, options in enumerate(OPTIONS.values()):
+        without_weights(engine.basic_optimizer)
+        seen += train(make_opt(engine, **options), engine, [step])
+    expected = on_one_process(range(len(OPTIONS)), sequence=list(OPTIONS.values()))
+    errors = largest_errors(seen, engine, expected)
+    print("dots {:.1e}, parameters {:.1e}".format(*errors))
+    assert max(errors) < 2 * FLOAT32  # Of more steps.
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_int8_stash(stage):
+    engine = make_engine(config(stage))
+    seen = train(make_opt(engine, stash="int8"), engine, [0])
+    # Its blocks begin anew with each piece. What AdamW makes of an element that is rounded to 0 says nothing.
+    dots, _ = largest_errors(seen, engine, on_one_process([0]))
+    assert 1e-6 < dots < 3e-3
+
+
+SETTINGS = {
+    "overlap_comm": {"overlap_comm": True},
+    "contiguous_gradients": {"contiguous_gradients": False},
+    "reduce_scatter": {"reduce_scatter": False},
+    "one bucket": {"reduce_bucket_size": 10**5},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_settings_of_zero(stage, name):
+    assert_trained(config(stage, micro_batches=2, **SETTINGS[name]), on_one_process())
+
+
+def test_settings_of_zero_3():
+    zero = {"overlap_comm": True, "contiguous_gradients": False, "sub_group_size": 10**9}
+    assert_trained(config(3, micro_batches=3, **zero), on_one_process())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_parameters_in_turns_over_the_ranks(stage):
+    # DeepSpeed's own getter mixes parameters up under this setting; forward does not.
+    engine = make_engine(config(stage, round_robin_gradients=True))
+    seen = train(make_opt(engine), engine)
+    expected, params = on_one_process()
+    errors = [abs(a[k] - e[k]) for a, e in zip(seen, expected, strict=True) for k in ("cosine", "forget_norm")]
+    errors += [float((p - params[name]).abs().max().detach()) for name, p in engine.module.named_parameters()]
+    assert max(errors) < FLOAT32
+
+
+@pytest.mark.parametrize("empty", ["forget", "retain"])
+@pytest.mark.parametrize(("stage", "offload"), KINDS)
+def test_an_empty_phase(stage, offload, empty):
+    micro = {**MICRO, empty: 0}
+    engine = make_engine(config(stage, offload=offload))
+    opt = make_opt(engine)
+    seen = train(opt, engine, [0, 1], micro)
+    expected, params = on_one_process([0, 1], micro)
+    norms = [abs(a[k] - e[k]) for a, e in zip(seen, expected, strict=True) for k in ("forget_norm", "retain_norm")]
+    norms += [float((p.double() - params[name].detach()).abs().max()) for name, p in masters(engine).items()]
+    assert max(norms) < FLOAT32
+
+
+def fail_in(phase, engine):
+    with phase():
+        backward(engine, 7, "forget")
+        raise KeyError
+
+
+@pytest.mark.parametrize(("stage", "offload"), KINDS)
+def test_what_fails_leaves_nothing_behind(stage, offload):
+    engine = make_engine(config(stage, offload=offload))
+    opt = make_opt(engine)
+    with pytest.raises(KeyError):
+        fail_in(opt.forget, engine)
+    with opt.forget():
+        backward(engine, 8, "forget")
+    with pytest.raises(KeyError):
+        fail_in(opt.retain, engine)
+    with opt.forget():
+        backward(engine, 9, "forget")
+    opt.zero_grad()
+    # And a NaN on one rank is a step that none takes.
+    train(opt, engine, [5], times=float("nan") if dist.get_rank() == 1 else 1.0)
+    assert (int(opt.statistics.skipped), engine.global_steps) == (1, 0)
+    errors = largest_errors(train(opt, engine), engine, on_one_process())
+    assert max(errors) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize(("stage", "offload"), KINDS)
+def test_checkpoint(stage, offload, dtype):
+    settings = config(stage, dtype, offload=offload, accumulate="fp32" if dtype and stage else None)
+    with shared_folder() as folder:
+        engine = make_engine(settings)
+        opt = make_opt(engine)
+        opt.param_groups[0]["gamma"] = 0.5
+        train(opt, engine, [0, 1])
+        engine.save_checkpoint(folder, tag="two")
+        train(opt, engine, [2])
+        expected = masters(engine)
+        again = make_engine(settings)
+        resumed = make_opt(again)
+        train(resumed, again, [4])
+        again.load_checkpoint(folder, tag="two")
+        assert [group["gamma"] for group in resumed.param_groups] == [0.5, 1.0]
+        train(resumed, again, [2])
+    assert all(torch.equal(p, expected[name]) for name, p in masters(again).items())
+
+
+# -- What is an error ------------------------------------------------------------------------------------------------
+
+
+def step_in(phase, engine):
+    with phase():
+        backward(engine, 0, "forget")
+        engine.step()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_and_backward_passes_out_of_order(stage):
+    engine = make_engine(config(stage))
+    opt = make_opt(engine)
+    before = masters(engine)
+    with pytest.raises(RuntimeError, match=r"engine\.step\(\) cannot run between opt\.forget\(\) and opt\.step\(\)"):
+        step_in(opt.forget, engine)
+    with opt.forget():
+        backward(engine, 0, "forget")
+    with pytest.raises(RuntimeError, match=r"engine\.step\(\) cannot run between"):
+        engine.step()
+    backward(engine, 0, "retain")
+    with pytest.raises(RuntimeError, match="Gradients were computed outside both phases"), opt.retain():
+        pass
+    backward(engine, 0, "forget")
+    with pytest.raises(RuntimeError, match=r"already holds gradients, which are part of neither loss"), opt.forget():
+        pass
+    with pytest.raises(RuntimeError, match=r"opt\.step\(\) must follow the two phases, got neither"):
+        opt.step()
+    for phase in (opt.forget, opt.retain):
+        with phase():
+            backward(engine, 0, "retain")
+    with pytest.raises(RuntimeError, match="belong between two steps"), opt.forget():
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in masters(engine).items())
+    assert max(largest_errors(train(opt, engine), engine, on_one_process())) < FLOAT32
+
+
+def test_steps_of_the_engine_alone_beside_those_of_both():
+    engine = make_engine(config(2, micro_batches=2))
+    opt = make_opt(engine)
+    train(opt, engine, [0])
+    for micro in range(4):  # Two steps by the engine's own count, one ends in the middle of its accumulation.
+        backward(engine, 1, "retain", micro % 2)
+        engine.step()
+    assert engine.global_steps in (2, 3)
+    engine.optimizer.zero_grad()
+    opt.zero_grad()
+    train(opt, engine, [2])
+
+
+def test_backward_of_accelerate():
+    from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+
+    engine = make_engine(config(3))
+    opt = make_opt(engine)
+    wrapped = DeepSpeedEngineWrapper(engine)
+    with pytest.raises(RuntimeError, match=r"accelerator\.backward may step"), opt.forget():
+        wrapped.backward(engine(tokens(0, "forget", 0, 0), "forget"))
+    assert engine.global_steps == 0
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(2, True), (3, True)])
+def test_an_update_of_which_the_engine_does_not_know_is_noticed(stage, offload):
+    engine = make_engine(config(stage, offload=offload, clip=0.05))
+    opt = make_opt(engine)
+    # The norms, by which the engine clips, are then those of the retain gradients.
+    opt._gradients.written = lambda: None
+    with pytest.raises(RuntimeError, match=r"must step on the update, of norm .*, got one of"):
+        train(opt, engine)
+
+
+def test_a_step_that_is_none_is_noticed():
+    engine = make_engine(config(2))
+    opt = make_opt(engine)
+    opt._gradients.step = engine.step  # At no boundary, for the engine.
+    with pytest.raises(RuntimeError, match=r"must take one step, got 0"):
+        train(opt, engine)
+
+
+def test_ranks_that_differ():
+    engine = make_engine(config(2))
+    opt = make_opt(engine)
+    opt.param_groups[0]["gamma"] = 1.0 + dist.get_rank()
+    with pytest.raises(RuntimeError, match=r"All ranks must take the same step"):
+        train(opt, engine)
+
+
+def test_arguments():
+    engine = make_engine(config(2, clip=1.0))
+    with pytest.raises(ValueError, match=r"`stash` must not be 'recompute'"):
+        make_opt(engine, stash="recompute")
+    with pytest.raises(ValueError, match=r"`max_grad_norm` must be None where the engine clips"):
+        make_opt(engine, max_grad_norm=1.0)
+    with pytest.raises(TypeError, match=r"`engine` must be a DeepSpeedEngine, got Linear"):
+        make_opt(torch.nn.Linear(1, 1))
+    opt = make_opt(engine)
+    with pytest.raises(TypeError, match=r"must be called without closures"):
+        opt.step(lambda: None, lambda: None)
+    with pytest.raises(TypeError, match=r"`grad_scale` must be None"), opt.retain(grad_scale=2.0):
+        pass
+    for refused in (opt.state_dict, lambda: opt.load_state_dict({}), lambda: opt.add_param_group({})):
+        with pytest.raises(RuntimeError, match="engine"):
+            refused()
+
+
+def test_what_is_refused():
+    from blur_optim.integrations.deepspeed.setup import REFUSED
+
+    engine = make_engine(config(2, offload=True))
+    settings = {
+        "a mixture of experts": {"has_moe_layers": True},
+        "model or tensor parallelism": {"mpu": object()},
+        "sequence parallelism": {"seq_dp_world_size": 4},
+        "zero_hpz_partition_size": {"zero_hpz_partition_size": lambda: 2},
+        "ZenFlow": {"zenflow_config": lambda: object()},
+        "quantized gradients": {"zero_quantized_gradients": lambda: True},
+        "Muon inside ZeRO": {"basic_optimizer": type("Muon", (torch.optim.SGD,), {})([torch.zeros(1)])},
+        "a 1-bit optimizer": {"basic_optimizer": type("OnebitAdam", (torch.optim.SGD,), {})([torch.zeros(1)])},
+        "sparse gradients": {"sparse_gradients_enabled": lambda: True},
+        "the optimizer on NVMe": {"zero_offload_optimizer": lambda: SimpleNamespace(device="nvme")},
+        "offload_optimizer.ratio": {"zero_offload_optimizer": lambda: SimpleNamespace(ratio=0.5)},
+        "SuperOffload": {"zero_offload_optimizer": lambda: SimpleNamespace(super_offload=True)},
+        "DeepCompile": {"is_deepcompile_enabled": lambda: True},
+        "apex AMP or torch_autocast": {"torch_autocast_enabled": lambda: True},
+        "managed_gradient_accumulation: false": {"managed_gradient_accumulation": lambda: False},
+        "fp16 without ZeRO": {"fp16_enabled": lambda: True, "zero_optimization": lambda: False},
+        "MiCS": {"optimizer": type("MiCS_Optimizer", (), {})()},
+        "no optimizer": {"basic_optimizer": None},
+        "pipeline stages": {"__class__": type("PipelineEngine", (type(engine),), {})},
+        "the hybrid engine": {"__class__": type("DeepSpeedHybridEngine", (type(engine),), {})},
+    }
+    assert settings.keys() == REFUSED.keys()
+    make_opt(engine)
+    for what, attributes in settings.items():
+        with ExitStack() as stack:
+            for name, value in attributes.items():
+                stack.enter_context(patch.object(engine, name, value, create=True))
+            with pytest.raises(ValueError, match=rf"`engine` must not have {re.escape(what)}: "):
+                make_opt(engine)
+
+
+@pytest.mark.parametrize("accumulate", [None, "fp32"])
+@pytest.mark.parametrize(("stage", "offload"), KINDS)
+def test_the_names_that_are_used(stage, offload, accumulate):
+    """Each that :mod:`blur_optim.integrations.deepspeed.gradients` uses is there, and is missed where it is not."""
+    from blur_optim.integrations.deepspeed import gradients
+
+    if stage == 0 and accumulate:
+        return  # DeepSpeed has no such ZeRO-0.
+    engine = make_engine(config(stage, "bf16" if accumulate else None, accumulate=accumulate, offload=offload))
+    kind = type(make_opt(engine)._gradients)
+    named = {"engine": set(kind.engine_names), "optimizer": set(kind.names)}
+    assert all(hasattr(engine, name) for name in named["engine"])
+    assert all(hasattr(engine.optimizer, name) for name in named["optimizer"])
+    # And no others are: what the sources of the kind and of its bases say after self.engine and self.optimizer.
+    for cls in [c for c in kind.__mro__ if c.__module__ == gradients.__name__]:
+        used = re.findall(r"self\.(engine|optimizer)\.(\w+)", inspect.getsource(cls))
+        for owner, name in used:
+            assert name in named[owner], f"{cls.__name__} uses {owner}.{name}, which {kind.__name__} does not name"
+    for name in kind.names:
+        with (
+            patch.object(kind, "names", (*kind.names, f"{name}_of_another_version")),
+            pytest.raises(
+                ImportError, match=rf"`deepspeed` must be a version whose .* has \['{name}_of_another_version'"
+            ),
+        ):
+            kind(engine)
+
+
+def test_blur_itself_beside_an_engine():
+    """ZeRO-0 leaves gradients in p.grad, averaged where the engine takes a micro-batch for the last of its count."""
+    from blur_optim import BLUR
+
+    for micro_batches in (1, 2):
+        engine = make_engine(config(0, micro_batches=micro_batches))
+        opt = BLUR(base=engine.optimizer)
+        if micro_batches == 1:
+            errors = largest_errors(train(opt, engine), engine, on_one_process())
+            assert max(errors) < FLOAT32
+            continue
+        with pytest.raises(RuntimeError, match=r"forget phase must end with its gradients reduced.*DeepSpeedBLUR"):
+            train(opt, engine)
+    for stage in (1, 2, 3):
+        engine = make_engine(config(stage))
+        opt = BLUR(engine.module.parameters(), lr=0.1)
+        with pytest.raises(RuntimeError, match=r"got parameters that DeepSpeed manages"), opt.forget():
+            pass
+        for base in (engine.optimizer, engine):
+            with pytest.raises(TypeError, match=r"`base` must step on p\.grad, got DeepSpeed.*DeepSpeedBLUR"):
+                BLUR(base=base)
+
+
+def test_a_recording():
+    from blur_optim.record import Recorder, read_record
+
+    engine = make_engine(config(2))
+    opt = make_opt(engine, scope="parameter")
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    with shared_folder() as folder:
+        with Recorder(f"{folder}/run.jsonl", opt, model=engine.module, alignment=True) as recorder:
+            train(opt, engine, [0])
+            recorder.record()
+        dist.barrier()
+        record = read_record(f"{folder}/run.jsonl")
+    assert {id(p) for p in opt.statistics.params} == set(map(id, trained.values()))
+    (line,) = record.steps
+    cosines = dict(zip(record.metadata["parameters"], line["alignment"]["cosine"], strict=True))
+    assert cosines.keys() == trained.keys()
+    # No retain gradient, no angle.
+    assert cosines["forget_only.weight"] == 0 != cosines["up.weight"]
