@@ -77,6 +77,7 @@ def compile_driver(folder: Path, sanitizer: str, mutated: Path | None = None) ->
     objects = [
         emulated_object(folder / f"{sanitizer}-driver.o", HERE / "driver.cpp", *flags),
         emulated_object(folder / f"{sanitizer}-fused.o", CSRC / "cuda/fused.cu", *flags),
+        emulated_object(folder / f"{sanitizer}-metric.o", CSRC / "cuda/metric.cu", *flags),
         emulated_object(place / f"{sanitizer}-multi_tensor.o", csrc / "cuda/multi_tensor.cu", *flags, csrc=csrc),
     ]
     return linked(place / f"{sanitizer}-driver", *FLAGS[sanitizer], *objects)
