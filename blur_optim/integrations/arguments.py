@@ -20,8 +20,8 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 @dataclass
-class BLURTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` with the losses and BLUR's options (arXiv:2506.08164).
+class BLURArguments:
+    """The losses and BLUR's options (arXiv:2506.08164), to be mixed into ``TrainingArguments``, before it in the bases.
 
     They are read when a run begins, so a hyperparameter search may set them, or a user between two runs.
 
@@ -72,7 +72,7 @@ class BLURTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         self.check_losses()
         self.blur_options()
 
@@ -100,6 +100,15 @@ class BLURTrainingArguments(TrainingArguments):
             metric=self.metric,
             damping=self.damping,
         )
+
+
+@dataclass
+class BLURTrainingArguments(BLURArguments, TrainingArguments):
+    """``TrainingArguments`` with those of :class:`BLURArguments`: the losses and BLUR's options (arXiv:2506.08164).
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
 
 
 def check_best_model(args: TrainingArguments, eval_dataset: Any, forget_dataset: Any) -> None:
