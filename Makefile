@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format typecheck check bench bench-unlearning docs wheel clean
+.PHONY: quickstart test lint format typecheck check bench bench-unlearning gpu docs wheel clean
 
 quickstart: $(VENV)/.examples  ## Unlearn two authors and keep the rest: a table and a figure in quickstart-out/.
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -34,11 +34,14 @@ docs:  ## docs/api.md from the docstrings.
 bench-unlearning: $(VENV)/.bench  ## Does it forget better? Minutes; hours with ARGS="--form full"; see docs/benchmarks.md.
 	$(BIN)/python benchmarks/unlearning_bench.py $(ARGS)
 
+gpu:  ## All that is claimed of a GPU, proved and measured in minutes, with what $(PYTHON) has; see docs/gpu.md.
+	$(PYTHON) benchmarks/gpu_bench.py $(ARGS)
+
 wheel: $(VENV)/.dev  ## One abi3 wheel in dist/, with the CUDA kernels too under BLUR_OPTIM_CUDA=1 (needs nvcc).
 	BLUR_OPTIM_BUILD=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info quickstart-out unlearning-bench
+	rm -rf $(VENV) build dist *.egg-info quickstart-out unlearning-bench gpu-results
 
 # torch first and pinned: an open range would let pip choose a newer build, of several GB.
 $(BIN)/python:

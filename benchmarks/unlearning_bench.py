@@ -28,6 +28,7 @@ FIELDS = (
     "batch_size",
     "accumulation",
     "lora_rank",
+    "stop",
     "device",
     "dtype",
     "retain_data",
@@ -71,6 +72,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, metavar="N", help="rows of each of the two losses in a micro-batch")
     add("--accumulation", type=int, metavar="N", help="micro-batches in a step")
     add("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank in place of the model's weights")
+    add(
+        "--stop",
+        action="store_true",
+        default=None,
+        help="end a run where the forgotten is as improbable as rows never seen",
+    )
     add("--device", help="default: what the preset says")
     add("--dtype", choices=("float32", "bfloat16"), help="default: what the preset says")
     add("--processes", type=int, default=2, metavar="N", help="side by side, one thread each (default: 2)")

@@ -41,7 +41,13 @@ class AdamTensors(ctypes.Structure):
 
 
 class SgdTensors(ctypes.Structure):
-    _fields_ = (("grads", Pair), ("dtype", c_int32), ("param", c_void_p), ("momentum_buffer", c_void_p))
+    _fields_ = (
+        ("grads", Pair),
+        ("dtype", c_int32),
+        ("param", c_void_p),
+        ("momentum_buffer", c_void_p),
+        ("exp_avg_sq", c_void_p),
+    )
 
 
 class AdamOptions(ctypes.Structure):
@@ -59,7 +65,7 @@ class SgdOptions(ctypes.Structure):
 
 
 class DeviceScalars(ctypes.Structure):
-    _fields_ = (("coefficients", c_void_p), ("lr", c_void_p), ("found_inf", c_void_p))
+    _fields_ = (("coefficients", c_void_p), ("lr", c_void_p), ("found_inf", c_void_p), ("metric", c_void_p))
 
 
 class Launchers:
@@ -129,7 +135,7 @@ class Launchers:
         self._call("blur_optim_cuda_adam", tensors, *arguments, *places, _stream())
 
     def _scalars(self, lr: Tensor) -> DeviceScalars:
-        return DeviceScalars(self.problem.coefficients.data_ptr(), lr.data_ptr(), None)
+        return DeviceScalars(self.problem.coefficients.data_ptr(), lr.data_ptr(), None, None)
 
     def _workspace(self, table: Any) -> Tensor:
         count = self.library.blur_optim_cuda_dots_workspace(table, c_int64(len(table)))
@@ -155,4 +161,5 @@ def adam_tensors(table: Any, params: Sequence[Tensor], first: Sequence[Tensor], 
 
 
 def _stream() -> c_void_p:
-    return c_void_p(torch.cuda.current_stream().cuda_stream)
+    # None where the library is the emulator of the tests.
+    return c_void_p(torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else None)

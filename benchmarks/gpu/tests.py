@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from .context import ROOT, Context, Sheet
@@ -17,17 +18,20 @@ LINE = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED)(?: \((.*?)\))?(?
 WHY = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?) - (.*)")
 
 
+#: What a rehearsal leaves out: what is slow on a CPU.
+SLOW = "large or 10000 or whole_step or every_run"
+
+
 def run(context: Context, sheet: Sheet) -> None:
     tally = Tally(sheet)
     files = sorted((ROOT / "tests/gpu").glob("test_*.py"))
-    # Side by side where there are cores: most of the time Triton compiles.
-    together = 1 if context.device == "cpu" else len(files)
-    threads = [threading.Thread(target=run_file, args=(file, context, tally)) for file in files]
-    for i in range(0, len(threads), together):
-        for thread in threads[i : i + together]:
-            thread.start()
-        for thread in threads[i : i + together]:
-            thread.join()
+    # Side by side where there are cores: most of the time Triton compiles. A rehearsal is one process.
+    groups = [files] if context.quick else [[file] for file in files]
+    threads = [threading.Thread(target=run_files, args=(group, context, tally)) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     for reason, count in tally.reasons.most_common(8):
         sheet.note(f"{count} skipped: {reason}")
     if tally.codes.keys() - {0}:
@@ -44,11 +48,11 @@ class Tally:
         self.codes: Counter[int] = Counter()
         self.failed: dict[str, str] = {}
 
-    def read(self, file: str, line: str) -> None:
+    def read(self, line: str) -> None:
         """Take in a line of pytest's output."""
         if found := LINE.match(line):
             test, outcome, reason = found.groups()
-            self.counts.setdefault(file, Counter())[outcome.lower()] += 1
+            self.counts.setdefault(Path(test.partition("::")[0]).stem, Counter())[outcome.lower()] += 1
             if outcome == "SKIPPED" and reason:
                 self.reasons[reason] += 1
             if outcome in ("FAILED", "ERROR"):
@@ -63,9 +67,10 @@ class Tally:
             self.sheet.table("Not passed", rows[:40])
 
 
-def run_file(file: Path, context: Context, tally: Tally) -> None:
+def run_files(files: Sequence[Path], context: Context, tally: Tally) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["--durations=5", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(file)]
+    command += ["--durations=5", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *map(str, files)]
+    command += ["-k", f"not ({SLOW})"] if context.quick else []
     environment = os.environ | {"COLUMNS": "400", "BLUR_OPTIM_GPU_TEST_DEVICE": context.device}
     # Elsewhere than in the checkout: `python -m` puts its folder first on the path, and with it whatever lies there.
     process = subprocess.Popen(
@@ -75,7 +80,7 @@ def run_file(file: Path, context: Context, tally: Tally) -> None:
     for line in process.stdout:
         with tally.lock:
             print(line, end="", flush=True)
-            tally.read(file.stem, line)
+            tally.read(line)
     code = process.wait()
     with tally.lock:
         tally.codes[code] += 1

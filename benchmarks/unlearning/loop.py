@@ -50,6 +50,7 @@ class Unlearning:
         for p in trained:  # No others: their gradients would pile up, as no optimizer clears them.
             p.requires_grad_(True)
         self.optimizer = make_optimizer(method, trained, job.weight, job.lr, settings.steps)
+        self.stop_at: float | None = None  # log p_forget at which the run ends
         self.path: list[Look] = []
         self.steps: list[dict[str, Any]] = []
         self.diverged = False
@@ -80,6 +81,8 @@ class Unlearning:
                 return
             if (step + 1) in look_steps(settings):
                 self.path.append(self.look(step + 1))
+                if self.stop_at is not None and self.path[-1]["forget"]["log_prob"] <= self.stop_at:
+                    break
         self.diverged = not all(math.isfinite(self.path[-1][kind]["log_prob"]) for kind in KINDS)
 
     def look(self, step: int) -> Look:

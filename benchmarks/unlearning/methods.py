@@ -22,6 +22,7 @@ RETAIN_LOSSES = ("nll", "kl", "rmu")
 FORGET_ONLY = "forget-only"
 BASELINE = "weighted_sum"
 
+RETAIN_METRIC: dict[str, Any] = {"metric": "retain", "betas": (0.9, 0.99)}
 #: By name: options of BLUR. A class under "rule" is called for every run anew, for it remembers.
 COMBINATIONS: dict[str, dict[str, Any]] = {
     BASELINE: {"rule": "weighted_sum"},
@@ -38,6 +39,9 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "upgrad": {"rule": upgrad},
     "pcgrad": {"rule": pcgrad},
     "forget-gain": {"rule": ForgetGain},
+    "blur-metric": {"rule": "blur", **RETAIN_METRIC},
+    "sum-metric": {"rule": "weighted_sum", **RETAIN_METRIC},
+    "normalized-metric": {"rule": "normalized", **RETAIN_METRIC},
 }
 #: By name: what makes an update of its own, of parameters, ``gamma`` and AdamW's options.
 OWN: dict[str, Callable[..., TwoGradients]] = {
@@ -49,14 +53,16 @@ OWN: dict[str, Callable[..., TwoGradients]] = {
 }
 
 
-#: By name: options of RetainMetric. The first is the method, the others leave out or exchange one thing.
+#: By name: options of RetainMetric, which is BLUR's ``metric="retain"`` with one thing left out or exchanged.
 IN_THE_METRIC: dict[str, dict[str, Any]] = {
-    "blur-metric": {},
-    "sum-metric": {"rule": "weighted_sum"},
-    "normalized-metric": {"rule": "normalized"},
     "metric-of-sum": {"second_moment_of": "sum"},
     "metric-power-1": {"power": 1.0},
     "metric-no-floor": {"floor": 0.0},
+    "metric-damping-0.1": {"damping": 0.1},
+    "metric-damping-0.001": {"damping": 0.001},
+    "metric-damping-0": {"damping": 0.0},
+    "metric-beta-0.9": {"betas": (0.9, 0.9)},
+    "metric-beta-0.999": {"betas": (0.9, 0.999)},
     "metric-damped-by-tensor": {"damping_scope": "parameter"},
 }
 
@@ -126,8 +132,8 @@ def weight_scale(method: Method) -> float:
     Found on the tuning seed of TOFU. NPO and DPO are sums over an answer's tokens, of which there are some tens; the
     others are means, and unit gradients know no size.
     """
+    if method.combine in IN_THE_METRIC or method.combine.endswith("-metric") or method.combine == "dampening":
+        return 1.0
     if "normalized" in method.combine:
         return 3.0
-    if method.combine in IN_THE_METRIC or method.combine == "dampening":
-        return 1.0
     return {"npo": 0.1, "dpo": 0.1, "rmu": 3.0, "margin": 0.01}.get(method.forget_loss, 1.0)

@@ -46,6 +46,8 @@ class Settings:
         steps, batch_size, accumulation: of unlearning; ``batch_size`` is of each of the two losses.
         looks: how often probabilities are measured along the way, on ``look_rows`` rows of a kind.
         line: whether the straight line from the target to the end of the run is looked at too.
+        stop: whether a run ends at the first look at which the rows to forget are as improbable as rows that nobody
+            learned are to the target; needs such rows.
         judged_rows, generated_rows: at most so many rows of a kind, beside those to forget, for the benchmark's scores,
             and so many answers.
         relearned_rows, relearning_steps: the attack on every model that gets full scores; 0: none.
@@ -86,6 +88,7 @@ class Settings:
     looks: int = 5
     look_rows: int = 100
     line: bool = False
+    stop: bool = False
     judged_rows: int = 400
     generated_rows: int = 100
     relearned_rows: int = 10

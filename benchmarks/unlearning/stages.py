@@ -206,6 +206,9 @@ def describe(settings: Settings, folder: Path, selected: Selected, command: str)
     parameters = _read(yardstick_file(folder, TARGET, 0))["parameters"]
     source = Path(settings.data).name if settings.data else "invented authors"
     about = {"model": {"name": settings.model, "parameters": parameters}, "data": f"{source}, {settings.subset}"}
+    if settings.blocks:
+        first, *others = settings.blocks
+        about["data"] += f" of {settings.authors} authors each, from number {first} on to tune and {others} to compare"
     sweep = {job.method: [] for job in sweep_jobs(settings, selected)}
     for job in sweep_jobs(settings, selected):
         if job.weight not in sweep[job.method]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared_lib.errors import InputError
 from shared_lib.metrics import thin_out
 from shared_lib.models import Model, load_model, load_tokenizer, quiet_transformers
 
@@ -87,6 +88,8 @@ class Workshop:
         torch.manual_seed(job.seed)
         task = self.task(number)
         run = Unlearning(job, self.before(number), task, self.settings)
+        if self.settings.stop:
+            run.stop_at = self._unseen(number)
         run.run(self._first_look(number))
         result: dict[str, Any] = {"format": FORMAT, "job": self._describe(job), "path": run.path, "steps": run.steps}
         result |= {"diverged": run.diverged, "scores": None, "relearning": None}
@@ -105,6 +108,12 @@ class Workshop:
     def _first_look(self, number: int) -> Look | None:
         path = yardstick_file(self.folder, TARGET, number)
         return json.loads(path.read_text())["final"] if path.is_file() else None
+
+    def _unseen(self, number: int) -> float:
+        unseen = json.loads(yardstick_file(self.folder, TARGET, number).read_text())["unseen"]
+        if unseen is None:
+            raise InputError(f"--stop: {self.settings.track} has no rows that nobody learned, to say where to stop.")
+        return float(unseen["log_prob"])
 
     def _describe(self, job: Job) -> dict[str, Any]:
         same = {name: getattr(self.settings, name) for name in ("steps", "batch_size", "accumulation")}

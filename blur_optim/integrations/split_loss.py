@@ -35,7 +35,7 @@ class UncomputedLoss(Tensor):
         is_linear = _is_weighted(name, args) if name in _PRODUCTS | _QUOTIENTS else name in _SUMS | _SHAPES
         if not is_linear:
             raise RetainLossNeeded
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def _is_weighted(name: str, args: Any) -> bool:
@@ -123,8 +123,8 @@ class SplitLoss:
             return loss
         args, kwargs = self._calls.pop(0)
         weight = self._weights.pop(0)
-        loss = self.trainer.compute_retain_loss(*args, **kwargs)
-        return loss * (weight / retain_weight) if self.has_own_weights and retain_weight else loss
+        own: Tensor = self.trainer.compute_retain_loss(*args, **kwargs)
+        return own * (weight / retain_weight) if self.has_own_weights and retain_weight else own
 
     # -- One evaluation of the method's loss -------------------------------------------------------------------------
 
@@ -155,7 +155,8 @@ class SplitLoss:
                 with torch.no_grad():
                     value = self.method.compute_retain_loss(trainer, *args, **kwargs).detach().clone()
             leaves["r"] = value.requires_grad_()
-            return leaves["r"] if self._reads_retain_loss else leaves["r"].as_subclass(UncomputedLoss)
+            retain_loss: Tensor = leaves["r"]
+            return retain_loss if self._reads_retain_loss else retain_loss.as_subclass(UncomputedLoss)
 
         with _attributes(trainer, gamma=leaves["gamma"], alpha=leaves["alpha"], compute_retain_loss=stand_in):
             loss = self.method.compute_loss(trainer, model, inputs)

@@ -18,6 +18,7 @@ from blur_optim.parallel.wrappers import Wrappers
 from blur_optim.step.base import step_base
 from blur_optim.step.fused import fused_step, why_not_fused
 from blur_optim.step.gradients import PairedGradients, Rows, check_gradients, pair_gradients
+from blur_optim.step.nothing import unreached, why_nothing_moves
 from blur_optim.step.phases import Phase, Phases
 from blur_optim.step.projection import Projection, blend_, project
 from blur_optim.step.recompute import recompute
@@ -258,7 +259,10 @@ class TwoPhaseStep:
             missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.params())
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-                self._check_reached(name, has_gradients)
+                params = self.params()
+                self.ranks.update(params)
+                if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(params)):
+                    raise unreached(name, params)
                 missing = False
         if not missing:
             # Detached, so that the graph of the forget loss does not live through the retain phase.
@@ -268,35 +272,13 @@ class TwoPhaseStep:
             "where there is nothing to compute in this step."
         )
 
-    def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
-        params = self.params()
-        self.ranks.update(params)
-        # With many ranks, others may have the parameters that this loss depends on.
-        if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(params)):
-            trainable = sum(p.requires_grad for p in params)
-            raise RuntimeError(
-                f"`{name}` must return a loss of this optimizer's parameters, got one whose backward reached none of "
-                f"them ({trainable} of {len(params)} require grad). Is it the loss of another model, or of a copy?"
-            )
-
     def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
-        """Say once that a step cannot move anything, where to know it costs nothing."""
-        params = self.params()
-        if self._said_nothing or self.ranks.are_many or not params:
+        # With many ranks, others may have what this one lacks.
+        if self._said_nothing or self.ranks.are_many or not self.params():
             return
-        if not gradients.pairs:
-            what = "neither phase left a gradient on any of its parameters. Were they run on another model, or is "
-            what += "everything frozen (an adapter loaded for inference)?"
-        elif (
-            any(pair.forget.numel() for pair in gradients.pairs)
-            and projection.dots.forget_norm_sq.is_cpu
-            and not projection.dots.forget_norm_sq.any()
-        ):
-            what = "the forget gradient is zero everywhere, so there is nothing to forget. Is every label masked?"
-        else:
-            return
-        self._said_nothing = True
-        warnings.warn(f"BLUR took a step, but {what}", stacklevel=_OUTSIDE)
+        if why := why_nothing_moves(gradients, projection):
+            self._said_nothing = True
+            warnings.warn(why, stacklevel=_OUTSIDE)
 
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from unlearning.baselines import Dampening, DualMoments, ForgetGain, PrimalDual, RetainNormal
 from unlearning.baselines.primal_dual import SLACK
 from unlearning.losses import logit_margin_loss
+from unlearning.methods import COMBINATIONS, Method, make_optimizer
 from unlearning.retain_metric import RetainMetric
 
 from blur_optim.step.rules import Dots
@@ -227,6 +228,17 @@ def test_the_step_in_the_metric_is_its_equation(rule: str, damping_scope: str, p
         asked = gamma * scale * inner(f, steps)
         gained = inner(f, [(a * x + b * y) / z for x, y, z in zip(f, r, metric, strict=True)])
         torch.testing.assert_close(gained, asked, **EXACT)
+
+
+@pytest.mark.parametrize("combine", ["blur-metric", "sum-metric", "normalized-metric"])
+def test_without_what_ablations_change_it_is_the_library_s_step(combine: str) -> None:
+    ours, theirs = Problem(), Problem()
+    own = RetainMetric(ours.params, 0.3, lr=LR, rule=COMBINATIONS[combine]["rule"])
+    library = make_optimizer(Method("npo", "nll", combine), theirs.params, 0.3, LR, 4)
+    for _ in range(4):
+        ours.step(own)
+        theirs.step(library)
+    same(ours.moved(), theirs.moved())
 
 
 def test_a_forget_gradient_below_the_floor_fades() -> None:

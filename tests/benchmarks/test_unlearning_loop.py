@@ -484,6 +484,20 @@ def test_a_look_in_4_bits_leaves_the_model_as_it_is(before: Before) -> None:
     assert look["forget"] != look_at(model, TASK, SETTINGS)["forget"]
 
 
+def test_a_run_ends_where_it_is_told_to_stop(before: Before) -> None:
+    usual = unlearn(before, "ga+nll/weighted_sum", steps=8, looks=4)
+    levels = [look["forget"]["log_prob"] for look in usual.path]
+    stopped = Unlearning(
+        Job("sweep", "ga+nll/weighted_sum", 0.1, 1e-2, 1), before, TASK, replace(SETTINGS, steps=8, looks=4)
+    )
+    stopped.stop_at = (levels[1] + levels[2]) / 2
+    stopped.run()
+    assert levels[2] < levels[1]
+    assert stopped.path == usual.path[:3]
+    assert len(stopped.steps) == 4
+    assert not stopped.diverged
+
+
 # -- Adapters --------------------------------------------------------------------------------------------------------
 
 

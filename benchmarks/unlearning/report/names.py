@@ -45,9 +45,14 @@ COMBINATIONS = {
     "metric-of-sum": "metric of the sum",
     "metric-power-1": "metric with power 1",
     "metric-no-floor": "metric without a floor",
+    "metric-damping-0.1": "metric, δ = 0.1",
+    "metric-damping-0.001": "metric, δ = 0.001",
+    "metric-damping-0": "metric, δ = 0",
+    "metric-beta-0.9": "metric, β₂ = 0.9",
+    "metric-beta-0.999": "metric, β₂ = 0.999",
     "metric-damped-by-tensor": "metric damped by tensor",
 }
-_ID = re.compile(r"(?P<forget>[\w-]+)(\+(?P<retain>[\w-]+))?/(?P<combine>[\w-]+)")
+_ID = re.compile(r"(?P<forget>[\w-]+)(\+(?P<retain>[\w-]+))?/(?P<combine>[\w.-]+)")
 
 # Parts of names of scores that are not plain words.
 _WORDS = {

@@ -51,7 +51,10 @@ def p_value(value: Spread | None) -> str:
 
 def span(value: tuple[float, float] | None, digits: int = 2) -> str:
     """Return "least to largest"."""
-    return NOTHING if value is None else f"{fixed(value[0], digits)} to {fixed(value[1], digits)}"
+    if value is None:
+        return NOTHING
+    low, high = (fixed(end, digits) if abs(end) < 1e5 else plain(end).replace("-", "−") for end in value)
+    return f"{low} to {high}"
 
 
 def interval(value: Paired, digits: int) -> str:

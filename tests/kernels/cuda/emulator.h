@@ -50,6 +50,7 @@ inline void __tsan_release(void*) {}
 #define __shfl_xor_sync(mask, value, distance) emulator::shuffle_xor(mask, value, distance, EMULATOR_SITE)
 #define threadIdx (emulator::self->thread_index)
 #define blockIdx (emulator::self->block->index)
+#define gridDim (emulator::grid_size)
 
 namespace emulator {
 
@@ -98,6 +99,7 @@ inline Fiber host;
 inline const void* host_stack = nullptr;
 inline size_t host_bytes = 0;
 inline void (*body)(const void*) = nullptr;
+inline dim3 grid_size;  // Of the launch that runs: they run one after the other.
 inline const void* arguments = nullptr;
 inline std::map<void*, char*> last_launch;  // Of each stream.
 inline std::vector<void*> retired;          // Memory that the kernels of unfinished launches may refer to.
@@ -257,6 +259,7 @@ int launch(void (*kernel)(Table), dim3 grid, dim3 block, void* stream, const Tab
   retired.push_back(copy);
   body = [](const void* p) { static_cast<const Arguments*>(p)->kernel(static_cast<const Arguments*>(p)->table); };
   arguments = copy;
+  grid_size = grid;
   char* const tokens = static_cast<char*>(std::malloc(2));
   retired.push_back(tokens);
   char* const after = tokens + 1;

@@ -1,0 +1,162 @@
+"""The GPU's benchmark rehearsed on the CPU: every stage runs, what ends one ends no other, and nothing is lost."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import report, runner
+from gpu.context import Context, Sheet
+from gpu.stages import STAGES, Stage
+
+from blur_optim.kernels import native
+
+BENCH = Path(__file__).parents[2] / "benchmarks" / "gpu_bench.py"
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, BENCH, *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "BLUR_OPTIM_DATA_DIR"}
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.skipif(bool(native.why_not(torch.device("cpu"))), reason="needs the native extension")
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_every_stage_runs_without_a_gpu(tmp_path):
+    # The build then has nothing to do: compiling takes as long as all the rest, and is what installing tests.
+    library = tmp_path / "work/lib/blur_optim/_C.abi3.so"
+    library.parent.mkdir(parents=True)
+    shutil.copy(native.LIBRARY, library)
+    out = tmp_path / "out"
+    done = command("--out", out, "--work", tmp_path / "work", "--device", "cpu", "--quick", "--minutes", 30)
+    text = (out / "report.md").read_text()
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{text}"
+    assert "no number below means" in text.lower().replace("\n", " ")
+    results = json.loads((out / "results.json").read_text())["stages"]
+    assert [*results] == [stage.name for stage in STAGES]
+    assert {result["status"] for result in results.values()} == {"done"}
+    files = [*out.iterdir()]
+    assert len(files) <= 8
+    assert all(file.stat().st_size < 10_000_000 for file in files)
+    for stage in STAGES:
+        assert f"## {stage.name}" in text
+        assert f"===== {stage.name}: done" in (out / "log.txt").read_text()
+        assert results[stage.name]["tables"] or results[stage.name]["texts"], stage.name
+        if stage.csv:
+            with (out / f"{stage.name}.csv").open() as file:
+                assert len([*csv.DictReader(file)]) > 1, stage.name
+    (counts,) = results["tests"]["tables"]
+    assert sum(row["passed"] for row in counts["rows"]) > 100
+    assert {row["operation"] for row in results["kernels"]["tables"][0]["rows"]} >= {"dots", "blend", "whole update"}
+
+
+def test_without_a_gpu_it_says_how_to_rehearse(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = command("--out", tmp_path, "--stages", "build")
+    assert done.returncode == 2
+    assert "--device cpu --quick" in done.stderr
+    assert not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes: must be above 0, got 0"),
+        (["--data", "/nowhere"], "--data: must be a folder with tofu/ in it, got /nowhere"),
+        (["--stages", "dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_what_is_refused(arguments, message, capsys):
+    spec = importlib.util.spec_from_file_location("gpu_bench", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit):
+        module.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+class TestStages:
+    """Stages that fail, as files that are run in place of gpu_bench.py."""
+
+    @pytest.fixture
+    def context(self, tmp_path, monkeypatch):
+        (tmp_path / "work").mkdir()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "benchmarks").mkdir()
+        monkeypatch.setattr(runner, "ROOT", tmp_path)
+        monkeypatch.setattr(runner, "WORTHWHILE", 0.01)
+        monkeypatch.setattr(runner, "CPU_PATIENCE", 1.0)
+        return Context("cpu", True, tmp_path / "work", 0.0)
+
+    def run(self, context, tmp_path, bodies, minutes=1.0, each=10.0):
+        lines = ["import json, os, sys, time", "name, told = sys.argv[2:]", "work = json.loads(told)['work']"]
+        lines += ["def keep(**found): open(f'{work}/{name}.json', 'w').write(json.dumps(found))"]
+        lines += [f"if name == {name!r}:\n    {body}" for name, body in bodies.items()]
+        (tmp_path / "benchmarks/gpu_bench.py").write_text("\n".join(lines))
+        stages = [Stage(name, each / 60, "what it does", csv=True) for name in bodies]
+        fine = runner.run_stages(stages, context, tmp_path / "out", minutes, {"commit": "abc"})
+        return fine, json.loads((tmp_path / "out/results.json").read_text())["stages"]
+
+    def test_a_crash_a_hang_and_an_error_end_one_stage_each(self, context, tmp_path):
+        kept = "keep(records=[{'a': 1}], tables=[{'title': 'T', 'rows': [{'x': 2.5}]}])"
+        bodies = {
+            "crash": f"{kept}; os.abort()",
+            "hang": f"{kept}; time.sleep(60)",
+            "error": "raise RuntimeError('the card is full')",
+            "fine": kept,
+        }
+        start = time.monotonic()
+        fine, results = self.run(context, tmp_path, bodies, each=3.0)
+        assert time.monotonic() - start < 30
+        assert not fine
+        assert results["crash"]["status"].startswith("failed with exit code -6")
+        assert results["hang"]["status"] == "ended after its 3 s"
+        assert results["error"]["error"] == "RuntimeError: the card is full"
+        assert results["fine"]["status"] == "done"
+        for name in ("crash", "hang", "fine"):  # What was found before the end is there.
+            assert (tmp_path / f"out/{name}.csv").read_text() == "a\n1\n"
+        text = (tmp_path / "out/report.md").read_text()
+        assert text.count("| 2.5 |") == 3
+        assert "the card is full" in text
+
+    def test_the_time_of_all_stages_is_limited(self, context, tmp_path):
+        fine, results = self.run(context, tmp_path, {"first": "time.sleep(60)", "second": "pass"}, minutes=1.5 / 60)
+        assert not fine
+        assert results["first"]["status"].startswith("ended after its")
+        assert results["second"]["status"] == "not started: no time left"
+
+    def test_what_a_stage_has_started_ends_with_it(self, context, tmp_path):
+        body = (
+            "import subprocess; p = subprocess.Popen(['sleep', '60']); keep(records=[{'pid': p.pid}]); time.sleep(60)"
+        )
+        _, results = self.run(context, tmp_path, {"parent": body}, each=2.0)
+        pid = results["parent"]["records"][0]["pid"]
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_limits_are_reached_or_missed(tmp_path):
+    sheet = Sheet(tmp_path / "sheet.json")
+    sheet.limit("share", 0.95, least=0.9)
+    sheet.limit("ratio", 1.6, most=1.5)
+    sheet.limit("nothing", float("nan"), most=1.5)
+    results = {"kernels": {"status": "done", "seconds": 1.0, "what": "", **json.loads(sheet.path.read_text())}}
+    text = "\n".join(report.lines(results, {}, Context("cuda", False, tmp_path, 0.0)))
+    verdicts = re.findall(r"\| (\w+) \| [\d.na]+ \| [≤≥] [\d.]+ \| (\w+) \|", text)
+    assert verdicts == [("share", "reached"), ("ratio", "MISSED"), ("nothing", "MISSED")]
+    assert "rehearsal" not in text
+
+
+def test_a_context_crosses_to_the_stage(tmp_path):
+    for data in (None, tmp_path):
+        context = Context("cuda", False, tmp_path / "work", 12.5, data)
+        assert Context.from_json(context.to_json()) == context
