@@ -54,11 +54,33 @@ class BLUR(OptimizerWrapper):
         stash: where the forget gradients wait: ``"reference"`` as they are, ``"bfloat16"`` or ``"int8"`` compressed,
             ``"cpu"`` in host memory, ``"recompute"`` by evaluating the retain closure twice; see docs/memory.md.
         backend: kernels to use, see :mod:`blur_optim.kernels.select`; None takes the default.
+        metric: ``"euclidean"``, the paper, or ``"retain"``: gradients are compared, and the step is taken, in the
+            metric of the retain loss; see below.
+        damping: :math:`\delta` of the retain metric; >= 0.
         **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ... Where ``base`` has an argument of a name
             above (``max_grad_norm``, ``normalize``), bind it: ``base=functools.partial(Base, max_grad_norm=1.0)``.
             Where it has a hyperparameter ``gamma`` or ``retain_weight``, as MARS, the param groups hold the base's
             under that name, and BLUR's as ``blur_gamma`` or ``blur_retain_weight``. Several optimizers over parts of
             one model are a base as :class:`blur_optim.ChainedOptimizer`.
+
+    With ``metric="retain"`` the base is AdamW, Adam or SGD, and its second moments are those of :math:`g_r` alone:
+
+    .. math::
+        v \leftarrow \beta_2 v + (1-\beta_2)\,g_r^2, \qquad P = 1/(\sqrt{\hat v + \delta\bar v} + \epsilon), \qquad
+        \theta \leftarrow \theta - \mathrm{lr}\,P\,\hat m,
+
+    where m averages u as before, :math:`\hat v` is v with its bias corrected, :math:`\bar v` its mean over all
+    coordinates as the step before left it. The rule sees the dots in the metric, :math:`\langle x, P y\rangle`, of
+    :math:`s\,g_f` and :math:`g_r`, and its a is multiplied with :math:`s = 1/\max(\mathrm{rms}(P g_f), 10^{-8})`, over
+    the coordinates of the scope. So :math:`\gamma` means the same for every loss and model: the root mean square of the
+    forget term's step, in units of lr. With the rule ``"blur"``, whatever :math:`g_r` is,
+    :math:`\langle g_f, P u\rangle = \gamma s \langle g_f, P g_f\rangle`: to first order, that times lr is what the
+    forget loss falls by in the step that is taken, momentum aside.
+
+    ``max_grad_norm`` clips :math:`\|u\|` there too, as ``clip_grad_norm_`` would after the phases; v sees :math:`g_r`
+    unclipped, so a limit that is always exceeded acts as a smaller lr. Weight decay is the base's: AdamW's shrinks the
+    parameters, the others' joins u, not v. :math:`\beta_2` is the base's; for SGD ``metric_beta`` in the param groups,
+    0.99. :math:`\bar v` is in the param groups (``retain_mean_sq``), so that a resumed run has the same bits.
 
     Raises:
         TypeError: ``base`` is not an optimizer, needs a closure of its own, or takes gradients in hooks in backward.

@@ -204,7 +204,7 @@ def _moment(v: Tensor, r: Tensor, numbers: Sequence[Tensor]) -> Tensor:
     if not r.numel():
         return moment
     r = r.to(moment.dtype)
-    return moment + numbers[1] * r * r
+    return moment + numbers[1] * (r * r)
 
 
 def _denominator(corrected: Tensor, numbers: Sequence[Tensor]) -> Tensor:

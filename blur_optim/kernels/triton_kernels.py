@@ -213,7 +213,7 @@ def _retain_moment(
     v = beta2 * _load(v_ptr, first, count, COMPUTE, BLOCK_SIZE)
     if RETAIN:
         r = _load_retain(gradients, first, count, COMPUTE, BLOCK_SIZE)
-        v = v + rest2 * r * r
+        v = v + rest2 * (r * r)
     return v
 
 
