@@ -38,7 +38,7 @@ from unlearn_lib.data import Data, read_data
 from unlearn_lib.evaluation import Scores, score_sets
 from unlearn_lib.models import add_adapter, finish, load_config, load_model, load_tokenizer, write
 from unlearn_lib.options import as_settings, parse_options
-from unlearn_lib.report import command, make_results, make_table
+from unlearn_lib.report import command, make_results, make_table, tell_stop
 from unlearn_lib.run_folder import RunFolder, first_day, write_json
 from unlearn_lib.sources import check_files
 from unlearn_lib.tokens import Encoder
@@ -50,6 +50,7 @@ from unlearn_lib.training import (
     make_arguments,
     make_trainer,
     stop_checkpointing,
+    train,
 )
 
 
@@ -72,11 +73,11 @@ def unlearn(
     if options.lora:
         model = add_adapter(model, options)
     with make_progress(console) as progress, explaining(options):
-        trainer = make_trainer(model, args, data, Logbook(folder.log, progress, speaks))
+        trainer = make_trainer(model, args, data, Logbook(folder.log, progress, speaks), options)
         checkpoint = folder.checkpoint()
         if checkpoint:
             console.print(f"Going on from {checkpoint}", soft_wrap=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        train(trainer, checkpoint)
     if options.gradient_checkpointing:
         stop_checkpointing(model)
     model = finish(model, options)
@@ -188,6 +189,8 @@ def main() -> None:
     if processes.rank() == 0 and not options.keep_checkpoints:
         folder.drop_checkpoints()
     console.print(make_table(results))
+    if results["stop"] is not None:
+        console.print(tell_stop(results), soft_wrap=True)
     console.print(f"Model: {folder.model}, numbers: {folder.results}, log: {folder.log}", soft_wrap=True)
 
 

@@ -48,7 +48,7 @@ def emulated(context: Context, sheet: Sheet) -> None:
     from cuda_toolchain import CSRC, HERE, emulated_object, linked
 
     small = ["-O0", "-DBLUR_OPTIM_CUDA_BLOCK=64", "-DBLUR_OPTIM_CUDA_CHUNK=1024"]
-    sources = [HERE / "driver.cpp", CSRC / "cuda/multi_tensor.cu", CSRC / "cuda/fused.cu"]
+    sources = [HERE / "driver.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
     folder = context.work / "emulated"
     try:
         objects = [emulated_object(folder / f"{source.stem}.o", source, *small) for source in sources]

@@ -20,8 +20,8 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 @dataclass
-class BLURTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` with the losses and BLUR's options (arXiv:2506.08164).
+class BLURArguments:
+    """The losses and BLUR's options (arXiv:2506.08164), to be mixed into ``TrainingArguments``, before it in the bases.
 
     They are read when a run begins, so a hyperparameter search may set them, or a user between two runs.
 
@@ -50,6 +50,11 @@ class BLURTrainingArguments(TrainingArguments):
         default="reference", metadata={"help": "Where forget gradients wait: 'reference', 'bfloat16', 'int8', 'cpu'."}
     )
     backend: str | None = field(default=None, metadata={"help": "Kernels to use; the fastest unless given."})
+    metric: str = field(
+        default="euclidean",
+        metadata={"help": "In which gradients are compared: 'euclidean', 'retain'; docs/method.md."},
+    )
+    damping: float = field(default=0.01, metadata={"help": "Of the metric 'retain', >= 0."})
     epoch_over: str = field(
         default="longer", metadata={"help": "The data set that an epoch reads once: 'longer', 'forget', 'retain'."}
     )
@@ -67,7 +72,7 @@ class BLURTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         self.check_losses()
         self.blur_options()
 
@@ -92,7 +97,18 @@ class BLURTrainingArguments(TrainingArguments):
             scope=self.scope,
             stash=self.stash,
             backend=self.backend,
+            metric=self.metric,
+            damping=self.damping,
         )
+
+
+@dataclass
+class BLURTrainingArguments(BLURArguments, TrainingArguments):
+    """``TrainingArguments`` with those of :class:`BLURArguments`: the losses and BLUR's options (arXiv:2506.08164).
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
 
 
 def check_best_model(args: TrainingArguments, eval_dataset: Any, forget_dataset: Any) -> None:

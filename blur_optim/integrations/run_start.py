@@ -8,7 +8,10 @@ from typing import Any
 #: The key of ``TrainerState.stateful_callbacks`` that a checkpoint carries it under.
 STATE_KEY = "BLURTrainer"
 
-METHOD = ("beta", "simnpo_delta", "gamma", "retain_weight", "rule", "normalize", "scope", "stash", "epoch_over")
+METHOD = (
+    *("beta", "simnpo_delta", "gamma", "retain_weight", "rule", "normalize", "scope", "stash", "epoch_over"),
+    *("metric", "damping"),
+)
 # What of the Trainer's own a resumed run reads anew, and what it takes from the checkpoint's optimizer and scheduler.
 _READ_ANEW = (
     *("optim", "lr_scheduler_type", "max_grad_norm", "seed", "data_seed"),

@@ -35,7 +35,7 @@ class UncomputedLoss(Tensor):
         is_linear = _is_weighted(name, args) if name in _PRODUCTS | _QUOTIENTS else name in _SUMS | _SHAPES
         if not is_linear:
             raise RetainLossNeeded
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def _is_weighted(name: str, args: Any) -> bool:
@@ -123,8 +123,8 @@ class SplitLoss:
             return loss
         args, kwargs = self._calls.pop(0)
         weight = self._weights.pop(0)
-        loss = self.trainer.compute_retain_loss(*args, **kwargs)
-        return loss * (weight / retain_weight) if self.has_own_weights and retain_weight else loss
+        own: Tensor = self.trainer.compute_retain_loss(*args, **kwargs)
+        return own * (weight / retain_weight) if self.has_own_weights and retain_weight else own
 
     # -- One evaluation of the method's loss -------------------------------------------------------------------------
 

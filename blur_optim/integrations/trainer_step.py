@@ -66,8 +66,13 @@ class BLURStepMixin:
                 checkpoints may have changed them.
         """
         blur, options = self.blur, self.blur_options
+        if options["metric"] != blur.metric:
+            raise ValueError(
+                f"`metric` must be {blur.metric!r} in a second run of one trainer, whose optimizer has its state in "
+                f"that metric, got {options['metric']!r}. Make another trainer."
+            )
         in_groups = {"gamma", "retain_weight"}
-        blur.configure(**{name: value for name, value in options.items() if name not in in_groups})
+        blur.configure(**{name: value for name, value in options.items() if name not in {*in_groups, "metric"}})
         for name in in_groups & set(changed):
             for param_group in blur.param_groups:
                 param_group[own_name(name, param_group)] = options[name]
@@ -220,6 +225,8 @@ def blur_options(
     scope: str,
     stash: str,
     backend: str | None,
+    metric: str = "euclidean",
+    damping: float = 0.01,
 ) -> dict[str, Any]:
     """The arguments of BLUR in a Trainer, checked before a model is loaded onto a device.
 
@@ -231,7 +238,7 @@ def blur_options(
             "`stash` must not be 'recompute' in a Trainer, whose step cannot be run a second time. Use 'int8' or 'cpu'."
         )
     options: dict[str, Any] = {"gamma": gamma, "retain_weight": retain_weight, "rule": rule, "normalize": normalize}
-    options |= {"scope": scope, "stash": stash}
+    options |= {"scope": scope, "stash": stash, "metric": metric, "damping": damping}
     BLUR([torch.zeros(1)], torch.optim.SGD, **options)  # To have them checked now; a backend depends on the device.
     return {**options, "backend": backend}
 

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from blur_optim.integrations.arguments import REFERENCE_FILE, BLURTrainingArguments, check_best_model
+from blur_optim.integrations.arguments import (
+    REFERENCE_FILE,
+    BLURArguments,
+    BLURTrainingArguments,
+    check_best_model,
+)
 from blur_optim.integrations.objectives import Loss, make_forget_loss, make_retain_loss
 from blur_optim.integrations.pairs import PairCollator, PairedDataset, PairSampler
 from blur_optim.integrations.record import RecordCallback
@@ -60,13 +65,13 @@ class BLURTrainer(ReferenceMixin, BLURStepMixin, Trainer):
         TypeError: ``args`` or a data set is of the wrong kind.
         ValueError: a loss is unknown, there is no reference for it, ``compute_loss_func`` is given or ``compute_loss``
             overridden (neither would be called), nothing is trainable, the best checkpoint would be the one that forgot
-            least, or the Trainer is set up for DeepSpeed or an optimizer that steps inside backward.
+            least, or the Trainer is set up for an optimizer that steps inside backward.
     """
 
     def __init__(
         self,
         model: Any = None,
-        args: BLURTrainingArguments | None = None,
+        args: BLURArguments | None = None,
         data_collator: Any = None,
         *,
         forget_dataset: Any,
@@ -77,7 +82,7 @@ class BLURTrainer(ReferenceMixin, BLURStepMixin, Trainer):
         rule: UserRule | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, BLURTrainingArguments):
+        if not isinstance(args, BLURArguments):
             raise TypeError(f"`args` must be BLURTrainingArguments, got {type(args).__name__}.")
         if "train_dataset" in kwargs:
             raise TypeError("`train_dataset` must not be given. Pass forget_dataset and retain_dataset.")
@@ -203,7 +208,9 @@ class _Record(RecordCallback):
 
 
 def _check_not_overridden(cls: type[BLURTrainer]) -> None:
-    if cls.compute_loss is not Trainer.compute_loss:
+    # What a Trainer beside this one in the bases has is not meant for two losses.
+    own = cls.__mro__[: cls.__mro__.index(BLURTrainer)]
+    if any("compute_loss" in vars(base) for base in own):
         raise ValueError(
             f"`compute_loss` must not be overridden, got {cls.__name__}'s own: it knows one loss, and would never be "
             "called in training. Override compute_forget_loss and compute_retain_loss, or pass forget_loss= and "

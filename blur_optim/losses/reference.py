@@ -45,8 +45,9 @@ def adapter_changes(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
 
     .. math:: \mathrm{mean}_t \, KL(\pi_{on} \| \pi_{off}) > \epsilon
 
-    A fresh adapter changes nothing, or no more than rounding (DoRA). One that was trained, one that decomposes the
-    weights (PiSSA, OLoRA), prompt tuning, and a second adapter on a first do.
+    A fresh adapter changes nothing, or no more than rounding (DoRA; in bfloat16 it rounds by more than is taken for
+    nothing here). One that was trained, one that decomposes the weights (PiSSA, OLoRA), prompt tuning, and a second
+    adapter on a first do.
 
     Args:
         model: a PEFT model, or a wrapper of one.

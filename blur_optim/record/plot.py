@@ -29,7 +29,7 @@ _PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str, str, str], ...]], ...]
         "Cosine of the gradients (below 0 they conflict)",
         r"$\cos(g_f, g_r)$",
         "around 0",
-        (("cosine", "cosine", _OTHER, "-"),),
+        (("cosine", "cosine", _OTHER, "-"), ("metric_cosine", "in the metric of the retain loss", _RETAIN, "--")),
     ),
     (
         "Norms",
@@ -46,6 +46,26 @@ _PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str, str, str], ...]], ...]
         "coefficient",
         "around 0",
         (("forget_coefficient", "a (forget)", _FORGET, "-"), ("retain_coefficient", "b (retain)", _RETAIN, "--")),
+    ),
+)
+
+
+#: Those that runs in the metric of the retain loss have beside them.
+_METRIC_PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str, str, str], ...]], ...] = (
+    (
+        "Norms in the metric of the retain loss",
+        "norm",
+        "log",
+        (
+            ("metric_forget_norm", r"forget gradient $\|g_f\|_P$", _FORGET, "-"),
+            ("metric_retain_norm", r"retain gradient $\|g_r\|_P$", _RETAIN, "--"),
+        ),
+    ),
+    (
+        r"Share of the coordinates that carries $P g_f$ (Gaussian: 1/3)",
+        "effective share",
+        "log",
+        (("effective_share", "effective share", _OTHER, "-"),),
     ),
 )
 
@@ -131,9 +151,11 @@ def _figure_class() -> Any:
 
 
 def _draw_steps(figure_class: Any, runs: Mapping[str, Record]) -> Any:
-    figure = figure_class(figsize=(11, 7.2), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    for axis, (title, label, scale, lines) in zip(axes.flat, _PANELS, strict=True):
+    panels = _PANELS + _METRIC_PANELS * any(_series(run, "metric_cosine")[0] for run in runs.values())
+    figure = figure_class(figsize=(11, 3.6 * len(panels) / 2), layout="constrained")
+    axes = figure.subplots(len(panels) // 2, 2, sharex=True)
+    for axis, (title, label, scale, all_lines) in zip(axes.flat, panels, strict=True):
+        lines = [line for line in all_lines if any(_series(run, line[0])[0] for run in runs.values())]
         axis.set_title(title, fontsize=11)
         axis.set_ylabel(label)
         drawn = _draw_lines(axis, runs, lines)
@@ -196,6 +218,8 @@ def _headline(runs: Mapping[str, Record]) -> str:
         for symbol, key in (("γ", "gamma"), ("α", "retain_weight"))
     }
     settings = [f"{symbol} = {value}" for symbol, value in weights.items() if value]
+    if run.metadata.get("metric", "euclidean") != "euclidean":
+        settings.append(f"metric {run.metadata['metric']}")
     return f"{name}: " + ", ".join([f"rule {run.metadata.get('rule')}", *settings])
 
 

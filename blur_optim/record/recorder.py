@@ -176,6 +176,8 @@ class Recorder:
             recorded["alignment.cosine"] = statistics.parameter_cosines
             recorded["alignment.forget_norm"] = dots.forget_norm_sq.sqrt()
             recorded["alignment.retain_norm"] = dots.retain_norm_sq.sqrt()
+        if statistics.parameter_metric_cosines is not None:
+            recorded["alignment.metric_cosine"] = statistics.parameter_metric_cosines
         return recorded
 
     def _by_row(self, values: list[float], places: list[str]) -> Any:
@@ -199,6 +201,8 @@ class Recorder:
             "scope": opt.scope,
             **{n: [float(g[own_name(n, g)]) for g in opt.param_groups] for n in ("gamma", "retain_weight")},
             "max_grad_norm": opt.max_grad_norm,
+            "metric": opt.metric,
+            "damping": opt.damping if opt.metric == "retain" else None,
             "stash": opt.stash,
             "backend": opt.backend,
             "base": type(opt.base).__name__,

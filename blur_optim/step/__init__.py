@@ -12,5 +12,6 @@
 ``fused``                 the update inside the step of AdamW, Adam or SGD, never written to memory
 ``base``                  any other base optimizer, stepped on the update in ``p.grad``
 ``statistics``            what the step saw
+``nothing``               what is said of a step that cannot move anything
 ========================  ==============================================================================================
 """

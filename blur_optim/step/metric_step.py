@@ -58,11 +58,12 @@ class MetricStep(TwoPhaseStep):
         super().__init__(base, stash, backend)
         #: The mean of v-hat that damps the next step, 0-d; None where the param groups have to be asked.
         self._mean: Tensor | None = None
+        self._looked_at_v = False
         # What the step on p.grad is to be taken with: the damping of the dots, and the settings.
         self._pending: tuple[Tensor, Settings] | None = None
 
     def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
-        self._mean = None
+        self._mean, self._looked_at_v = None, False
         if not all(MEAN in group for group in param_groups):
             for group in self.base.param_groups:  # That of before does not belong to what was loaded.
                 group[MEAN] = torch.full_like(group[MEAN], torch.nan)
@@ -72,8 +73,9 @@ class MetricStep(TwoPhaseStep):
     def solve(self, gradients: PairedGradients, settings: Settings, grad_scale: Tensor | float | None) -> Projection:
         check_metric_base(self.base)
         mean = self._known_mean()
-        if mean is None:
+        if mean is None and not self._looked_at_v:
             self._warn_if_v_is_of_the_update()
+        self._looked_at_v = True
         with self._new_state(gradients.pairs.params):
             if mean is None:  # The first step: v-hat of this step itself has to be summed beforehand.
                 table = self._table(gradients, settings, None, grad_scale)

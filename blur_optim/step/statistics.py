@@ -26,6 +26,8 @@ class StepStatistics:
         params: the parameters that took part, in the order of the param groups.
         parameter_dots: three ``[len(params)]`` float64 tensors, over all ranks, where ``BLUR.record_alignment`` was
             set before the step.
+        in_metric, parameters_in_metric: the dots in the metric of the retain loss and how :math:`P g_f` is spread, with
+            ``metric="retain"``; of the rows and of the parameters.
     """
 
     dots: Dots
@@ -70,6 +72,43 @@ class StepStatistics:
         """``[len(params)]``: the cosine within each parameter, whatever the scope; None unless they were taken."""
         return None if self.parameter_dots is None else _cosines(self.parameter_dots)
 
+    # In the metric of the retain loss; None with metric="euclidean". The two tell different stories: the cosine of the
+    # plain dots is that of the large gradients, this one weighs each coordinate by what the retain loss makes of it.
+
+    @property
+    def metric_forget_norm(self) -> Tensor | None:
+        r"""0-d: :math:`\sqrt{\langle g_f, P g_f\rangle}` over all parameters."""
+        return None if self.in_metric is None else self.in_metric.dots.forget_norm_sq.sum().sqrt()
+
+    @property
+    def metric_retain_norm(self) -> Tensor | None:
+        r"""0-d: :math:`\sqrt{\langle g_r, P g_r\rangle}` over all parameters."""
+        return None if self.in_metric is None else self.in_metric.dots.retain_norm_sq.sum().sqrt()
+
+    @property
+    def metric_cosine(self) -> Tensor | None:
+        r"""0-d: :math:`\langle g_r, P g_f\rangle` over the product of the two norms in the metric; 0 where one is 0."""
+        if self.in_metric is None:
+            return None
+        return _cosines(Dots(*(dots.sum() for dots in self.in_metric.dots)))
+
+    @property
+    def parameter_metric_cosines(self) -> Tensor | None:
+        """``[len(params)]``: the cosine in the metric within each parameter; None unless they were taken."""
+        return None if self.parameters_in_metric is None else _cosines(self.parameters_in_metric.dots)
+
+    @property
+    def effective_share(self) -> Tensor | None:
+        r"""0-d: how evenly :math:`x = P g_f` is spread over the n coordinates, :math:`(\sum x^2)^2 / (n \sum x^4)`.
+
+        The share of the coordinates that would carry it if each of them carried as much: 1 where all do, 1/3 for
+        normally distributed ones, 1/n where it is all in one. 0 where there is nothing.
+        """
+        if self.in_metric is None:
+            return None
+        square, fourth, numel = (x.sum() for x in self.in_metric[1:])
+        return torch.where(fourth > 0, square.square() / (numel * fourth), 0.0)
+
     def to_dict(self) -> dict[str, float | list[float]]:
         """Read everything with one device-to-host copy, the only synchronisation of this class.
 
@@ -84,8 +123,11 @@ class StepStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """What :meth:`to_dict` reads, by name, still on the device."""
-        names = ("forget_norm", "retain_norm", "dot_retain_forget", "cosine", "update_norm", "skipped")
-        return {name: getattr(self, name) for name in (*names, "forget_coefficient", "retain_coefficient")}
+        names: tuple[str, ...] = ("forget_norm", "retain_norm", "dot_retain_forget", "cosine", "update_norm", "skipped")
+        names += ("forget_coefficient", "retain_coefficient")
+        if self.in_metric is not None:
+            names += ("metric_forget_norm", "metric_retain_norm", "metric_cosine", "effective_share")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_tensors(tensors: Mapping[str, Tensor]) -> dict[str, float | list[float]]:

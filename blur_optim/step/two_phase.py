@@ -19,6 +19,7 @@ from blur_optim.step.base import check_differentiable, step_base
 from blur_optim.step.capture import check_capture, is_capturing
 from blur_optim.step.fused import FusedStep
 from blur_optim.step.gradients import PairedGradients, pair_gradients, take_gradients
+from blur_optim.step.nothing import unreached, why_nothing_moves
 from blur_optim.step.phases import Phase, Phases
 from blur_optim.step.plan import Plan, any_missing
 from blur_optim.step.projection import Projection, blend_, project
@@ -321,34 +322,19 @@ class TwoPhaseStep:
         )
 
     def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
-        params = self.params()
-        self.ranks.update(params, self.plan.dtensors)
+        plan = self.plan
+        self.ranks.update(plan.params, plan.dtensors)
         # With many ranks, others may have the parameters that this loss depends on.
-        if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(self.plan.dtensors)):
-            trainable = sum(p.requires_grad for p in params)
-            raise RuntimeError(
-                f"`{name}` must return a loss of this optimizer's parameters, got one whose backward reached none of "
-                f"them ({trainable} of {len(params)} require grad). Is it the loss of another model, or of a copy?"
-            )
+        if plan.params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(plan.dtensors)):
+            raise unreached(name, plan.params)
 
     def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
-        """Say once that a step cannot move anything, where to know it costs nothing."""
-        params = self.params()
-        if self._said_nothing or self.ranks.are_many or not params:
+        # With many ranks, others may have what this one lacks.
+        if self._said_nothing or self.ranks.are_many or not self.params():
             return
-        if not gradients.pairs:
-            what = "neither phase left a gradient on any of its parameters. Were they run on another model, or is "
-            what += "everything frozen (an adapter loaded for inference)?"
-        elif (
-            any(map(Tensor.numel, gradients.pairs.forget))
-            and projection.dots.forget_norm_sq.is_cpu
-            and not projection.dots.forget_norm_sq.any()
-        ):
-            what = "the forget gradient is zero everywhere, so there is nothing to forget. Is every label masked?"
-        else:
-            return
-        self._said_nothing = True
-        warnings.warn(f"BLUR took a step, but {what}", stacklevel=_OUTSIDE)
+        if why := why_nothing_moves(gradients, projection):
+            self._said_nothing = True
+            warnings.warn(why, stacklevel=_OUTSIDE)
 
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""

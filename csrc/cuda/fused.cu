@@ -34,9 +34,13 @@ __global__ void __launch_bounds__(kBlock) corrections_kernel(const __grid_consta
   table.out[2 * i + 1] = sqrt(1 - pow(table.beta2, step));
 }
 
+struct NoMetric {};
 template <class C, bool kMetric>
 __device__ auto metric_of(const DeviceScalars& scalars, int64_t tensor) {
-  if constexpr (kMetric) return MetricConstants<C>(scalars.metric, tensor);
+  if constexpr (kMetric)
+    return MetricConstants<C>(scalars.metric, tensor);
+  else
+    return NoMetric();
 }
 
 // For float64 the compiler would rather spill registers than run fewer blocks at a time, unless one is enough.

@@ -22,7 +22,8 @@ struct RowsTable {
   const double* partials;
   double* out;
   int64_t chunks;
-  int64_t row;                   // The first of this launch;
+  int64_t sums;                  // Of each chunk.
+  int64_t row;                   // The first row of this launch;
   int64_t first[kCapacity + 1];  // the first chunk of each, and the end.
 };
 static_assert(sizeof(RowsTable) <= kArgumentBytes);
@@ -62,12 +63,12 @@ __global__ void __launch_bounds__(kBlock) rows_kernel(const __grid_constant__ Ro
   for (int64_t c = table.first[blockIdx.x] + threadIdx.x; c < table.first[blockIdx.x + 1]; c += kBlock)
     sums[0] += partials[c];
   const double sum = block_sums(sums, shared);
-  if (threadIdx.x == 0) table.out[int64_t(gridDim.y) * (table.row + blockIdx.x) + blockIdx.y] = sum;
+  if (threadIdx.x == 0) table.out[table.sums * (table.row + blockIdx.x) + blockIdx.y] = sum;
 }
 
 template <int kSums>
 int launch_rows(const Pair* pairs, int64_t count, int64_t num_rows, DotsOptions options, double* out, void* stream) {
-  RowsTable table{options.partials, out, options.chunks, 0, {0}};
+  RowsTable table{options.partials, out, options.chunks, kSums, 0, {0}};
   int64_t pair = 0, chunk = 0;
   for (int64_t row = 0; row < num_rows; ++row) {
     while (pair < count && pairs[pair].row == row) chunk += chunks_of(pairs[pair++].numel);

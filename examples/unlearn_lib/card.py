@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from .report import as_text, rows_of_table
+from .report import as_text, rows_of_table, tell_stop
 
 CAVEAT = """\
 Unlearning is not proven deletion. The scores say how these rows, asked in this way, are answered; other words, other
@@ -31,7 +31,8 @@ def make_card(results: Mapping[str, Any], hub_names: Sequence[str]) -> str:
         "## Before and after\n\n" + _markdown(rows_of_table(results)),
         "Probability is that of the answers per token, averaged over rows; perplexity is over all their tokens; "
         "ROUGE-L is the share of the true answer that the model says. The rows to forget are those that were trained "
-        'on; rows "held out" are rows to retain that were not.',
+        'on; rows "held out" are rows to retain that were not.'
+        + (f"\n\n{tell_stop(results)}" if results["stop"] else ""),
         "## What this does not show\n\n" + CAVEAT,
         "## Data\n\n" + _data(results["data"]),
         "## Statistics\n\n" + _statistics(results),

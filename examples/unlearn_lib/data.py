@@ -3,7 +3,7 @@
 import argparse
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .rows import TextRow, parse_row
 from .sources import Source, named_sources, read_source
 from .tokens import Encoder, fingerprint
 
-FORGET, RETAIN, HELD_OUT = RESERVED_SETS
+FORGET, RETAIN, HELD_OUT, NEVER_SEEN = RESERVED_SETS
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,24 @@ def read_data(options: argparse.Namespace, encoder: Encoder) -> Data:
     """Read, encode and split all rows.
 
     Raises:
-        InputError: a row is not as it should be, or is both to be forgotten and kept.
+        InputError: a row is not as it should be, or is both to be forgotten and kept, or trained on and never seen.
     """
-    examples, facts, forget_rows = {}, {}, []
+    examples, facts, rows_of = {}, {}, {}
     for option, name in named_sources(options):
         source = read_source(option, name)
-        rows = [parse_row(record, option) for record in source.records]
+        rows = rows_of[option] = [parse_row(record, option) for record in source.records]
         examples[option], facts[option] = _encode(encoder, source, rows)
-        forget_rows = forget_rows or rows
-    _check_apart(examples["--forget"], examples["--retain"], forget_rows)
+    forget_rows = rows_of["--forget"]
+    _check_apart("--forget", "--retain", examples, forget_rows)
+    if options.stop_at is not None:
+        for option in ("--forget", "--retain"):
+            _check_apart("--stop-at", option, examples, rows_of["--stop-at"])
     pairs = [encoder.pair(row, i) for i, row in enumerate(forget_rows)] if options.method == "dpo" else None
     if pairs:
         facts["--forget"]["tokens_sha256"] = fingerprint(example for pair in pairs for example in pair.values())
     retain, held_out = hold_out(examples["--retain"], options.eval_fraction, options.seed)
     sets = {FORGET: examples["--forget"], RETAIN: retain, **({HELD_OUT: held_out} if held_out else {})}
+    sets |= {NEVER_SEEN: examples["--stop-at"]} if options.stop_at is not None else {}
     sets |= {name: examples[f"--eval {name}"] for name, _ in options.eval}
     facts["--retain"]["held_out"] = len(held_out)
     return Data(pairs or examples["--forget"], retain, sets, facts)
@@ -86,11 +90,11 @@ def _encode(encoder: Encoder, source: Source, rows: Sequence[TextRow]) -> tuple[
     return examples, {**facts, "cut": encoder.cut}
 
 
-def _check_apart(forget: Sequence[Example], retain: Sequence[Example], rows: Sequence[TextRow]) -> None:
-    kept = {(*example.prompt, -1, *example.answer) for example in retain}
-    both = [i for i, example in enumerate(forget) if (*example.prompt, -1, *example.answer) in kept]
+def _check_apart(option: str, other: str, examples: Mapping[str, Sequence[Example]], rows: Sequence[TextRow]) -> None:
+    others = {(*example.prompt, -1, *example.answer) for example in examples[other]}
+    both = [i for i, example in enumerate(examples[option]) if (*example.prompt, -1, *example.answer) in others]
     if both:
         raise InputError(
-            f"{rows[both[0]].where}: a row must not be in --retain too, which this one is, and {len(both)} of "
-            f"{len(forget)} in all. Leave them out of one of the two."
+            f"{rows[both[0]].where}: a row must not be in {other} too, which this one is, and {len(both)} of "
+            f"{len(rows)} in all. Leave them out of one of the two."
         )

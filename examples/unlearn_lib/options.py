@@ -30,7 +30,7 @@ SCOPES = ("global", "group", "parameter")
 STASHES = ("reference", "bfloat16", "int8", "cpu")
 SCHEDULERS = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
-RESERVED_SETS = ("forget", "retain", "retain, held out")
+RESERVED_SETS = ("forget", "retain", "retain, held out", "never seen")
 LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 #: What a second start may say otherwise than the first, and be the same run.
 NO_SETTING = ("out", "overwrite", "dry_run")
@@ -71,6 +71,8 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(
             "argument --save-dtype: an adapter is saved as it was trained; leave --keep-adapter out to merge it"
         )
+    if options.stop_at is None and options.stop_every != parser.get_default("stop_every"):
+        parser.error("argument --stop-every: needs --stop-at FILE_OR_NAME, which was not given")
     if options.beta is not None and options.method == "ga":
         parser.error("argument --beta: --method ga has none; it is for npo, simnpo and dpo")
     names = [*RESERVED_SETS, *(name for name, _ in options.eval)]
@@ -141,6 +143,19 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=positive, metavar="X", help="learning rate (default: 1e-5; with --lora 1e-4)")
     group.add_argument("--epochs", type=positive, default=5.0, metavar="X", help="over the rows to forget (default: 5)")
     group.add_argument("--max-steps", type=whole(1), metavar="N", help="stop after N steps (default: by --epochs)")
+    group.add_argument(
+        "--stop-at",
+        metavar="FILE_OR_NAME",
+        help="rows that the model has never seen: stop when the answers to forget are as improbable as theirs were "
+        "before the first step (default: none)",
+    )
+    group.add_argument(
+        "--stop-every",
+        type=whole(1),
+        default=10,
+        metavar="N",
+        help="steps between two such looks (default: 10)",
+    )
     group.add_argument(
         "--batch-size", type=whole(1), default=4, metavar="N", help="rows of each kind at a time (default: 4)"
     )

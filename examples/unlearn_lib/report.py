@@ -34,6 +34,7 @@ def make_results(
             name: {"before": before[name]._asdict(), "after": scores._asdict()} for name, scores in after.items()
         },
         "steps": max((log["step"] for log in logs), default=0),
+        "stop": last_look(logs),
         "statistics": summarise_statistics(logs),
         # The Trainer counts from the last start.
         "training_seconds_since_last_start": summary.get("train_runtime"),
@@ -50,6 +51,26 @@ def summarise_statistics(logs: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
         for name, values in series.items()
         if values
     }
+
+
+def last_look(logs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what the last look at --stop-at found: nats per token, and the step; None where nobody looked."""
+    looks = [log for log in logs if "stop_forget_log_prob" in log]
+    if not looks:
+        return None
+    forget, holdout = looks[-1]["stop_forget_log_prob"], looks[-1]["stop_holdout_log_prob"]
+    return {"step": looks[-1]["step"], "forget": forget, "never seen": holdout, "reached": forget <= holdout}
+
+
+def tell_stop(results: Mapping[str, Any]) -> str:
+    """Say whether the rows to forget became as improbable as rows never seen."""
+    stop = results["stop"]
+    what = f"{stop['forget']:.3f} nats per token at step {stop['step']}, {stop['never seen']:.3f} before it all"
+    if stop["reached"]:
+        return f"Stopped: the answers to forget are as improbable as rows never seen ({what})."
+    return (
+        f"The answers to forget are still likelier than rows never seen ({what}). Give more --epochs or a larger --lr."
+    )
 
 
 def command() -> str:

@@ -138,7 +138,7 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "transformers?)"
         for option, facts in now["data"].items()
         if (before := earlier["data"].get(option, facts))["sha256"] == facts["sha256"]
-        and before["tokens_sha256"] != facts["tokens_sha256"]
+        and before.get("tokens_sha256") != facts.get("tokens_sha256")
         and _encodes_alike(earlier["settings"], now["settings"])
     ]
     if earlier["processes"] != now["processes"]:

@@ -48,6 +48,8 @@ def named_sources(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield the option and the name of each."""
     yield "--forget", options.forget
     yield "--retain", options.retain
+    if options.stop_at is not None:
+        yield "--stop-at", options.stop_at
     yield from ((f"--eval {name}", source) for name, source in options.eval)
 
 

@@ -15,10 +15,11 @@ from rich.progress import Progress
 from shared_lib.errors import InputError, TrainingError
 from transformers import TrainerCallback
 
+from blur_optim.integrations.stopping import StopAtHoldout, load_ended, reached_at
 from blur_optim.integrations.transformers import BLURTrainer, BLURTrainingArguments
 from blur_optim.losses.forward import adapter_owner
 
-from .data import Data
+from .data import NEVER_SEEN, Data
 from .tokens import collate
 
 
@@ -86,7 +87,9 @@ def count_steps(options: argparse.Namespace, rows: int, processes: int) -> int:
     return options.max_steps or math.ceil(options.epochs * math.ceil(batches / options.accumulation))
 
 
-def make_trainer(model: Any, args: BLURTrainingArguments, data: Data, logbook: "Logbook") -> BLURTrainer:
+def make_trainer(
+    model: Any, args: BLURTrainingArguments, data: Data, logbook: "Logbook", options: argparse.Namespace
+) -> BLURTrainer:
     """Return the Trainer. KL compares with a copy of the model where there is no adapter to switch off."""
     needs_copy = args.retain_loss == "kl" and adapter_owner(model) is None
     trainer = BLURTrainer(
@@ -96,13 +99,24 @@ def make_trainer(model: Any, args: BLURTrainingArguments, data: Data, logbook: "
         forget_dataset=data.forget,
         retain_dataset=data.retain,
         reference=copy.deepcopy(model) if needs_copy else None,
-        callbacks=[logbook],
     )
     if getattr(trainer, "is_fsdp_enabled", False):
         raise InputError("FSDP was asked for by accelerate, and is not for this script. Use examples/fsdp2.py.")
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
+    if options.stop_at is not None:
+        holdout = data.sets[NEVER_SEEN]
+        trainer.add_callback(StopAtHoldout(trainer, holdout, every=options.stop_every, rows=options.eval_rows))
+    trainer.add_callback(logbook)  # Last: what is refused when training begins leaves no log.
     return trainer
+
+
+def train(trainer: BLURTrainer, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint where there is one. One that was written at the end is only loaded."""
+    if checkpoint is not None and reached_at(checkpoint) is not None:
+        load_ended(trainer, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def stop_checkpointing(model: Any) -> None:
@@ -126,8 +140,11 @@ def explaining(options: argparse.Namespace) -> Iterator[None]:
             "--accumulation, --gradient-checkpointing, --stash int8 or --lora."
         ) from error
     except (ValueError, FileNotFoundError) as error:  # Its file is missing, damaged or another model's.
-        if "reference" not in str(error) and "log-probabilit" not in str(error):
+        known = ("reference", "log-probabilit", "`holdout`")
+        if not any(word in str(error) for word in known):
             raise
+        if "`holdout`" in str(error):
+            raise InputError(f"--stop-at: {error}") from error
         if "finite" in str(error):
             raise InputError(f"--model: {error} Are its weights finite?") from error
         raise InputError(f"{error} Begin anew with --overwrite.") from error
@@ -160,6 +177,11 @@ class Logbook(TrainerCallback):
             file.write(json.dumps(log) + "\n")
         if "blur_cosine" in log:
             self.progress.console.print(_in_short(log))
+        if "stop_forget_log_prob" in log:
+            self.progress.console.print(
+                f"step {log['step']:>5}  forget {log['stop_forget_log_prob']:.3f} nats a token, to stop at "
+                f"{log['stop_holdout_log_prob']:.3f}"
+            )
 
 
 def _in_short(log: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """examples/unlearn.py from the command line to the saved model: scores, records, interruption, several processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from safetensors.torch import load_file
 from shared_lib.encoding import encode_rows
 from shared_lib.errors import InputError
 from shared_lib.metrics import mean_probability
-from shared_lib.models import load_model, load_tokenizer, save_small_llama
+from shared_lib.models import load_model, load_tokenizer, save_model, save_small_llama
 from shared_lib.records import read_rows
 from unlearn_lib import run_folder
+from unlearn_lib.tokens import collate
 
 UNLEARN = Path(unlearn.__file__)
 SMALL = ["--lr", "1e-2", "--batch-size", "4", "--generate-rows", "2", "--cpu"]
@@ -389,3 +391,52 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_anything_
     run_here(monkeypatch, home, tmp_path / "out", *more)  # A token that no row has does no harm.
     with pytest.raises(InputError, match=r"--forget: .*new\.jsonl:1: .* got \d+ \('Quixotry'\)"):
         run_here(monkeypatch, home, tmp_path / "out", *more, "--forget", str(tmp_path / "new.jsonl"))
+
+
+def test_stop_at_rows_never_seen(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that knows the rows stops in the middle of an epoch; what was only to be scored still is the same."""
+    know(home, tmp_path / "knowing")
+    more = ["--model", str(tmp_path / "knowing"), "--stop-at", str(home / "others.jsonl"), "--stop-every", "1"]
+    more += ["--lr", "3e-3", "--method", "ga", "--epochs", "30", "--keep-checkpoints", "--batch-size", "2"]
+    out = tmp_path / "out"
+    run_here(monkeypatch, home, out, *more)
+    first, weights = results_of(out), load_file(out / "model" / "model.safetensors")
+    stop = first["stop"]
+    assert stop["reached"]
+    assert stop["step"] == first["steps"] < 120
+    assert first["steps"] % 4 != 0
+    assert stop["forget"] <= stop["never seen"]
+    # The level is that of the model before, as the table has it.
+    assert math.exp(-stop["never seen"]) == pytest.approx(
+        first["scores"]["never seen"]["before"]["perplexity"], rel=1e-4
+    )
+    assert math.exp(-stop["forget"]) == pytest.approx(first["scores"]["forget"]["after"]["perplexity"], rel=1e-4)
+    told = "Stopped: the answers to forget are as improbable as rows never seen"
+    assert told in capsys.readouterr().out
+    assert told in (out / "model" / "README.md").read_text()
+    (out / "results.json").unlink()
+    run_here(monkeypatch, home, out, *more)
+    again = results_of(out)
+    assert (again["stop"], again["scores"], again["steps"]) == (stop, first["scores"], first["steps"])
+    assert all(torch.equal(p, weights[n]) for n, p in load_file(out / "model" / "model.safetensors").items())
+    # Rows that the model knows are no level, nor are rows that are trained on.
+    with pytest.raises(InputError, match=r"--stop-at: .*: a row must not be in --retain too"):
+        run_here(monkeypatch, home, tmp_path / "x", *more, "--stop-at", str(home / "retain.jsonl"))
+    swapped = ["--forget", str(home / "others.jsonl"), "--stop-at", str(home / "forget.jsonl")]
+    with pytest.raises(InputError, match=r"--stop-at: `holdout` must be less probable"):
+        run_here(monkeypatch, home, tmp_path / "x", *more, *swapped)
+    assert not (tmp_path / "x").exists()
+
+
+def know(home: Path, folder: Path) -> None:
+    """Teach the small Llama the rows to forget."""
+    tokenizer, model = load_tokenizer(home / "llama"), load_model(home / "llama", "cpu")
+    batch = collate(encode_rows(tokenizer, read_rows(str(home / "forget.jsonl"))))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    save_model(model, tokenizer, folder)

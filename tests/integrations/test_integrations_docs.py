@@ -29,7 +29,7 @@ def names(tmp_path, monkeypatch):
 
 
 def test_every_block_is_marked():
-    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 8
+    assert len(BLOCKS) == DOCS.read_text(encoding="utf-8").count("```") / 2 == 10
 
 
 def test_muon_and_adamw(names):

@@ -8,11 +8,13 @@ Its transformers is not the one of the other tests (docs/integrations.md says wh
 import importlib
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_integrations_docs import blocks
 from tiny import collate, rows, tiny_llama
 
 CHECKOUT = os.environ.get("BLUR_OPEN_UNLEARNING")
@@ -177,6 +179,24 @@ def test_settings_are_the_projects():
     assert {**theirs.method_args} == {n: v for n, v in ours.method_args.items() if n in theirs.method_args}
     assert ours.args == theirs.args
     assert compose("BLUR_NPO", "trainer.method_args.rule=weighted_sum").method_args.rule == "weighted_sum"
+
+
+def documented():
+    text = "\n".join(blocks("open-unlearning")).replace("\\\n", " ")
+    commands = (shlex.split(line) for line in text.splitlines() if "src/train.py" in line)
+    return [words[words.index("src/train.py") + 1 :] for words in commands]
+
+
+@pytest.mark.parametrize("words", documented(), ids=lambda words: words[-1])
+def test_the_documented_commands_compose(words):
+    hydra = pytest.importorskip("hydra")
+    assert words[0] == "--config-name=unlearn.yaml"
+    with hydra.initialize_config_dir(str((Path(CHECKOUT) / "configs").resolve()), version_base=None):
+        path = f"hydra.searchpath=[file://{EXAMPLES / 'configs'}]"
+        config = hydra.compose("unlearn.yaml", [*words[1:], path])
+    assert config.trainer.handler == "BLUR"
+    assert config.mode == "unlearn"
+    assert config.task_name == config.trainer.method_args.forget_loss
 
 
 def test_an_evaluation_that_leaves_gradients_is_survived(project, tmp_path):

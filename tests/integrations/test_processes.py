@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from hand_written import train
-from tiny import rows, tiny_llama, tiny_lora
+from tiny import collate, rows, tiny_llama, tiny_lora
+from trainer_script import accelerate_block
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -61,6 +62,10 @@ def test_trainer(tmp_path, way):
         expected = tiny_lora()
         train(expected, tiny_llama(), FORGET, RETAIN, ("npo", "kl"), steps=3, accumulate=4, max_norm=0.5)
         assert_trained_as(expected, tmp_path, "lora.pt")
+        # A loop by hand with accelerate, as in the documentation: the four micro-batches of one process.
+        here = {"model": tiny_llama(), "collator": collate, "forget_rows": rows(16, 1), "retain_rows": rows(16, 2)}
+        exec(accelerate_block(accumulate=4), here)
+        assert_trained_as(here["model"], tmp_path, "accelerate.pt")
 
 
 def test_lightning(tmp_path):

@@ -28,6 +28,7 @@ ARGUMENTS = {
     "stash": ("bfloat16", {}),
     "forget_loss": ("ga", {}),
     "epoch_over": ("forget", {}),
+    "metric": ("retain", {}),
 }
 
 
@@ -71,6 +72,13 @@ def test_changed_between_two_runs(tmp_path, untouched, name):
     made.train()
     assert made.blur is optimizer
     assert not same(made.model, untouched[1]), "the argument has to matter"
+
+
+def test_another_metric_needs_another_trainer(tmp_path):
+    made = trained(tmp_path)
+    made.args.metric = "retain"
+    with pytest.raises(ValueError, match=r"`metric` must be 'euclidean' in a second run of one trainer.*got 'retain'"):
+        made.train()
 
 
 def test_what_a_scheduler_did_to_gamma_stays(tmp_path):

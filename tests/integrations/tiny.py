@@ -10,9 +10,8 @@ def tiny_llama(seed=0, **config):
 
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=32, use_cache=False, **{**shape, **config})
-    )
+    shape |= {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "use_cache": False}
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **config}))
 
 
 def tiny_lora(seed=0):

@@ -55,6 +55,17 @@ def make_trainer(folder, model, **options):
     return BLURTrainer(model, args, collate, forget_dataset=rows(5, 1), retain_dataset=rows(16, 2))
 
 
+def accelerate_block(accumulate=2):
+    """The loop with accelerate in docs/integrations.md, in the order of the rows."""
+    from test_integrations_docs import blocks
+
+    code = blocks("integrations")[-1]
+    for own, here in (("shuffle=True", "shuffle=False"), ("accumulate = 2", f"accumulate = {accumulate}")):
+        assert own in code
+        code = code.replace(own, here)
+    return code
+
+
 def whole(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
@@ -88,6 +99,10 @@ def main(folder, way):
         adapted = make_trainer(folder / "lora", tiny_lora(), retain_loss="kl", fsdp=True, fsdp_config=FSDP)
         adapted.train()
         save(whole(adapted.model), folder / "lora.pt")
+        by_hand = {"model": tiny_llama(), "collator": collate, "forget_rows": rows(16, 1), "retain_rows": rows(16, 2)}
+        exec(accelerate_block(), by_hand)
+        assert all(isinstance(p, DTensor) for p in by_hand["model"].parameters())
+        save(whole(by_hand["model"]), folder / "accelerate.pt")
     else:
         copies = [torch.empty(2) for _ in range(2)]
         mine = torch.stack([sum(p.double().sum() for p in trainer.model.parameters()).float(), torch.tensor(1.0)])

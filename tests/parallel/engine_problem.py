@@ -140,13 +140,24 @@ def numbers(statistics):
     return {k: v for k, v in statistics.to_dict().items() if k != "skipped"}
 
 
-def on_one_process(
+_known = {}
+
+
+def on_one_process(*args, **options):
+    """What :func:`run_on_one_process` gives, computed once."""
+    key = repr((args, sorted(options.items())))
+    if key not in _known:
+        _known[key] = run_on_one_process(*args, **options)
+    return _known[key]
+
+
+def run_on_one_process(
     steps=range(STEPS), micro=MICRO, *, low=None, skip=(), clip=None, warm=False, sequence=(), **options
 ):
     """The same steps on all ranks' data, in float64 without an engine.
 
     Args:
-        micro: the number of micro-batches by side.
+        micro: the number of micro-batches by side; a list where it differs from step to step.
         low: the type in which forward and backward run, beside float64 parameters, as under mixed precision.
         skip: steps that are not taken.
         sequence: the options of each step, where they differ.
@@ -173,7 +184,7 @@ def on_one_process(
                 for p in trained:  # To DeepSpeed, no gradient is a gradient of zero.
                     p.grad = torch.zeros_like(p)
                 for rank in range(RANKS):
-                    for i in range(micro[side]):
+                    for i in range((micro if isinstance(micro, dict) else micro[step])[side]):
                         (worker(tokens(step, side, rank, i), side) / MICRO_BATCHES).backward()
                         if low is not None:
                             _move_gradients(worker, network)

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import re
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from engine_problem import (
     config,
     largest_errors,
     make_engine,
+    make_network,
     masters,
     on_one_process,
     shared_folder,
@@ -49,16 +51,16 @@ def make_opt(engine, **options):
 
 def assert_trained(settings, expected, tolerances=(FLOAT32, FLOAT32), make=make_engine, **options):
     engine = make(settings)
-    seen = train(make_opt(engine, **options), engine)
-    errors = largest_errors(seen, engine, expected)
+    opt = make_opt(engine, **options)
+    errors = largest_errors(train(opt, engine), engine, expected)
+    assert_named(opt._gradients)
     print("dots {:.1e}, parameters {:.1e}".format(*errors))
     assert all(error <= tolerance for error, tolerance in zip(errors, tolerances, strict=True)), errors
 
 
 @pytest.mark.parametrize(("stage", "offload"), KINDS)
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_float32(stage, offload, clip):
-    assert_trained(config(stage, offload=offload, clip=clip), on_one_process(clip=clip))
+def test_float32(stage, offload):
+    assert_trained(config(stage, offload=offload, clip=0.05), on_one_process(clip=0.05))
 
 
 @pytest.mark.parametrize(("stage", "offload"), KINDS)
@@ -74,7 +76,7 @@ def test_bfloat16_that_adds_up_in_float32(stage, offload):
     assert_trained(settings, expected, (BFLOAT16, BFLOAT16_PARAMS))
 
 
-@pytest.mark.parametrize(("stage", "offload"), KINDS[1:])
+@pytest.mark.parametrize(("stage", "offload"), [(1, False), (2, False), (2, True), (3, False)])
 def test_float16_and_its_loss_scale(stage, offload):
     from deepspeed.accelerator import get_accelerator
 
@@ -122,7 +124,7 @@ def test_options(stage):
     assert max(errors) < 2 * FLOAT32  # Of more steps.
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 3])
 def test_int8_stash(stage):
     engine = make_engine(config(stage))
     seen = train(make_opt(engine, stash="int8"), engine, [0])
@@ -161,14 +163,13 @@ def test_parameters_in_turns_over_the_ranks(stage):
     assert max(errors) < FLOAT32
 
 
-@pytest.mark.parametrize("empty", ["forget", "retain"])
 @pytest.mark.parametrize(("stage", "offload"), KINDS)
-def test_an_empty_phase(stage, offload, empty):
-    micro = {**MICRO, empty: 0}
+def test_empty_phases(stage, offload):
+    micro = [{**MICRO, "forget": 0}, {**MICRO, "retain": 0}, MICRO]
     engine = make_engine(config(stage, offload=offload))
     opt = make_opt(engine)
-    seen = train(opt, engine, [0, 1], micro)
-    expected, params = on_one_process([0, 1], micro)
+    seen = [numbers for step in range(3) for numbers in train(opt, engine, [step], micro[step])]
+    expected, params = on_one_process(micro=micro)
     norms = [abs(a[k] - e[k]) for a, e in zip(seen, expected, strict=True) for k in ("forget_norm", "retain_norm")]
     norms += [float((p.double() - params[name].detach()).abs().max()) for name, p in masters(engine).items()]
     assert max(norms) < FLOAT32
@@ -200,8 +201,9 @@ def test_what_fails_leaves_nothing_behind(stage, offload):
     assert max(errors) < FLOAT32
 
 
-@pytest.mark.parametrize("dtype", [None, "bf16"])
-@pytest.mark.parametrize(("stage", "offload"), KINDS)
+@pytest.mark.parametrize(
+    ("stage", "offload", "dtype"), [*((*kind, None) for kind in KINDS), (0, False, "bf16"), (1, False, "bf16")]
+)
 def test_checkpoint(stage, offload, dtype):
     settings = config(stage, dtype, offload=offload, accumulate="fp32" if dtype and stage else None)
     with shared_folder() as folder:
@@ -219,6 +221,24 @@ def test_checkpoint(stage, offload, dtype):
         assert [group["gamma"] for group in resumed.param_groups] == [0.5, 1.0]
         train(resumed, again, [2])
     assert all(torch.equal(p, expected[name]) for name, p in masters(again).items())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_block_of_the_documentation(stage):
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- test: deepspeed -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    make_engine(config(stage))  # Which sets up what a launcher would.
+    network = make_network()
+    batches = {f"{side}_batches": [tokens(0, side, dist.get_rank(), i) for i in range(2)] for side in MICRO}
+    names = {"model": network, "config": config(stage), **batches}
+    names |= {
+        "npo": lambda engine, batch: engine(batch, "forget"),
+        "nll": lambda engine, batch: engine(batch, "retain"),
+    }
+    exec(compile(code, "docs/distributed.md", "exec"), names)
+    assert names["engine"].global_steps == 1
+    (seen,), _ = on_one_process([0])
+    assert float(names["opt"].statistics.cosine) == pytest.approx(seen["cosine"], abs=FLOAT32)
 
 
 # -- What is an error ------------------------------------------------------------------------------------------------
@@ -312,11 +332,17 @@ def test_arguments():
     engine = make_engine(config(2, clip=1.0))
     with pytest.raises(ValueError, match=r"`stash` must not be 'recompute'"):
         make_opt(engine, stash="recompute")
+    with pytest.raises(ValueError, match=r"`metric` must be 'euclidean' with an engine"):
+        make_opt(engine, metric="retain")
     with pytest.raises(ValueError, match=r"`max_grad_norm` must be None where the engine clips"):
         make_opt(engine, max_grad_norm=1.0)
     with pytest.raises(TypeError, match=r"`engine` must be a DeepSpeedEngine, got Linear"):
         make_opt(torch.nn.Linear(1, 1))
     opt = make_opt(engine)
+    with pytest.raises(ValueError, match=r"`stash` must not be 'recompute'"):
+        opt.configure(stash="recompute")
+    opt.configure(stash="int8", rule="conflict")
+    assert (opt.stash, opt.rule) == ("int8", "conflict")
     with pytest.raises(TypeError, match=r"must be called without closures"):
         opt.step(lambda: None, lambda: None)
     with pytest.raises(TypeError, match=r"`grad_scale` must be None"), opt.retain(grad_scale=2.0):
@@ -362,32 +388,20 @@ def test_what_is_refused():
                 make_opt(engine)
 
 
-@pytest.mark.parametrize("accumulate", [None, "fp32"])
-@pytest.mark.parametrize(("stage", "offload"), KINDS)
-def test_the_names_that_are_used(stage, offload, accumulate):
-    """Each that :mod:`blur_optim.integrations.deepspeed.gradients` uses is there, and is missed where it is not."""
-    from blur_optim.integrations.deepspeed import gradients
-
-    if stage == 0 and accumulate:
-        return  # DeepSpeed has no such ZeRO-0.
-    engine = make_engine(config(stage, "bf16" if accumulate else None, accumulate=accumulate, offload=offload))
-    kind = type(make_opt(engine)._gradients)
+def assert_named(gradients):
+    """Each name that the kind uses of the engine and of its optimizer is there, and would be missed."""
+    kind = type(gradients)
     named = {"engine": set(kind.engine_names), "optimizer": set(kind.names)}
-    assert all(hasattr(engine, name) for name in named["engine"])
-    assert all(hasattr(engine.optimizer, name) for name in named["optimizer"])
-    # And no others are: what the sources of the kind and of its bases say after self.engine and self.optimizer.
-    for cls in [c for c in kind.__mro__ if c.__module__ == gradients.__name__]:
-        used = re.findall(r"self\.(engine|optimizer)\.(\w+)", inspect.getsource(cls))
-        for owner, name in used:
+    assert all(hasattr(gradients.engine, name) for name in named["engine"])
+    assert all(hasattr(gradients.optimizer, name) for name in named["optimizer"])
+    for cls in [c for c in kind.__mro__ if c.__module__ == kind.__module__]:
+        for owner, name in re.findall(r"self\.(engine|optimizer)\.(\w+)", inspect.getsource(cls)):
             assert name in named[owner], f"{cls.__name__} uses {owner}.{name}, which {kind.__name__} does not name"
-    for name in kind.names:
-        with (
-            patch.object(kind, "names", (*kind.names, f"{name}_of_another_version")),
-            pytest.raises(
-                ImportError, match=rf"`deepspeed` must be a version whose .* has \['{name}_of_another_version'"
-            ),
-        ):
-            kind(engine)
+    with (
+        patch.object(kind, "names", (*kind.names, "of_another_version")),
+        pytest.raises(ImportError, match=r"`deepspeed` must be a version whose .* has \['of_another_version'\], got"),
+    ):
+        kind(gradients.engine)
 
 
 def test_blur_itself_beside_an_engine():

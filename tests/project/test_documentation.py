@@ -34,7 +34,11 @@ RUN_BY = {
     "distributed": "tests/project/test_documentation.py",
     "integrations": "tests/integrations/test_integrations_docs.py",
     "lightning": "tests/integrations/test_integrations_docs.py",
+    "stopping": "tests/integrations/test_stopping.py",
     "open-unlearning": "tests/integrations/test_open_unlearning.py",
+    "deepspeed": "tests/parallel/test_deepspeed.py",
+    "trl": "tests/integrations/test_trl.py",
+    "axolotl": "tests/integrations/test_axolotl.py",
 }
 #: Languages, and why their blocks are not run.
 NOT_RUN = {

@@ -1,11 +1,19 @@
 """Steps in the metric of the retain loss against the equations, written down once more in float64."""
 
+import copy
+import io
+import pickle
+from functools import partial
+
 import pytest
 import torch
 from helpers import (
     Problem,
     assert_params_close,
+    assert_same_bits,
     backends,
+    run_phases,
+    snapshot,
     step_by_closures,
     step_by_phases,
 )
@@ -161,6 +169,7 @@ def test_the_scale_of_the_forget_loss_does_not_matter(backend):
     assert_params_close(problem.params, twin.params, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:BLUR took a step, but the forget gradient is zero everywhere")
 @backends
 def test_a_vanishing_forget_gradient_fades(backend):
     """Below the floor the forget term is proportional to the gradient; at zero the step is AdamW's on g_r."""
@@ -224,3 +233,265 @@ def test_what_the_metric_refuses():
     problem.forget_loss().backward()
     with pytest.raises(RuntimeError, match=r"opt\.step\(\) must have phases before it with metric='retain'"):
         opt.step()
+
+
+# -- Phases, mixed precision, checkpoints ------------------------------------------------------------------------------
+
+
+def test_accumulation():
+    problem, opt = make()
+    twin, other = make()
+    for _ in range(3):
+        step_by_phases(opt, problem, parts=3)
+        step_by_phases(other, twin)
+    assert_params_close(problem.params, twin.params, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("base", [AdamW, partial(AdamW, fused=True), partial(SGD, momentum=0.9)], ids=str)
+def test_a_gradient_scaler_changes_no_bit(base):
+    """A scale that is a power of two: dots, v and the update are those without it."""
+    problem, opt = make(base, torch.float32)
+    twin, other = make(base, torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3):
+        with opt.forget():
+            scaler.scale(problem.forget_loss()).backward()
+        with opt.retain(grad_scale=scaler):
+            scaler.scale(problem.retain_loss()).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        step_by_phases(other, twin)
+        assert opt.statistics.to_dict() == other.statistics.to_dict()
+    assert_same_bits(snapshot(opt), snapshot(other))
+
+
+def test_the_scale_has_to_be_told():
+    problem, opt = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with opt.forget():
+        scaler.scale(problem.forget_loss()).backward()
+    with opt.retain():
+        scaler.scale(problem.retain_loss()).backward()
+    with pytest.raises(RuntimeError, match="must know the loss scale"):
+        scaler.step(opt)
+
+
+@backends
+@pytest.mark.parametrize("base", [AdamW, partial(AdamW, fused=True), partial(SGD, momentum=0.9)], ids=str)
+@pytest.mark.parametrize("step", [step_by_closures, step_by_phases])
+@pytest.mark.parametrize("first", [0, 2], ids=["first-step", "later-step"])
+def test_a_gradient_that_is_not_finite_skips_the_step(base, backend, step, first):
+    problem, opt = make(base, backend=backend)
+    twin, other = make(base, backend=backend)
+    for _ in range(first):
+        step(opt, problem)
+        step(other, twin)
+    whole = problem.retain_loss
+    before = snapshot(opt)
+    problem.retain_loss = lambda *parts: whole(*parts) * float("inf")
+    step(opt, problem)
+    after = snapshot(opt)
+    if first:
+        assert_same_bits(after, before)
+    else:  # The state is there, as torch makes it before it skips.
+        assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("parameter"))
+        assert all(not value.any() for name, value in after.items() if name.startswith(("exp_avg", "step")))
+    assert int(opt.statistics.skipped) == 1
+    problem.retain_loss = whole
+    for _ in range(2):
+        step(opt, problem)
+        step(other, twin)
+    assert_same_bits(snapshot(opt), snapshot(other))
+
+
+def test_an_error_in_the_rule_leaves_everything_as_it_was():
+    problem, opt = make(rule=lambda dots, gamma, alpha: (_ for _ in ()).throw(ValueError("mine")))
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match="mine"):
+        step_by_closures(opt, problem)
+    assert snapshot(opt).keys() == before.keys()
+    assert not opt.state
+
+
+@pytest.mark.parametrize("base", [AdamW, partial(AdamW, fused=True, amsgrad=True), partial(SGD, momentum=0.9)], ids=str)
+@pytest.mark.parametrize("how", ["state dict", "pickle", "deepcopy"])
+def test_a_resumed_run_has_the_same_bits(base, how):
+    problem, opt = make(base, torch.float32)
+    for _ in range(3):
+        step_by_closures(opt, problem)
+    if how == "state dict":
+        file = io.BytesIO()
+        torch.save([opt.state_dict(), problem.model.state_dict()], file)
+        file.seek(0)
+        state, weights = torch.load(file)
+        twin, other = make(base, torch.float32)
+        twin.model.load_state_dict(weights)
+        other.load_state_dict(state)
+    else:
+        twin, other = copy.deepcopy((problem, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((problem, opt)))
+    for _ in range(2):
+        step_by_closures(opt, problem)
+        step_by_closures(other, twin)
+    assert_same_bits(snapshot(other), snapshot(opt))
+
+
+def test_checkpoints_of_the_other_metric_load_with_a_warning():
+    problem, opt = make()
+    step_by_closures(opt, problem)
+    plain_problem = Problem()
+    plain = BLUR(plain_problem.params, AdamW, lr=0.1)
+    step_by_closures(plain, plain_problem)
+    of_plain, of_metric = copy.deepcopy(plain.state_dict()), copy.deepcopy(opt.state_dict())
+    with pytest.warns(UserWarning, match="comes from a run with metric='retain'"):
+        plain.load_state_dict(of_metric)
+    assert "retain_mean_sq" not in plain.param_groups[0]
+    step_by_closures(plain, plain_problem)
+    opt.load_state_dict(of_plain)
+    with pytest.warns(UserWarning, match="`exp_avg_sq` in this optimizer's state is not the second moment"):
+        step_by_closures(opt, problem)
+    step_by_closures(opt, problem)  # Said once.
+    bare = AdamW(Problem().params, lr=0.1)
+    bare.load_state_dict(of_metric)  # As torch does it: what it does not know stays in the groups.
+
+
+def test_groups_with_betas_and_rates_of_their_own_and_one_added_later():
+    problem = Problem()
+    groups = [{"params": problem.params[:2], "betas": (0.8, 0.9), "lr": 0.05}, {"params": problem.params[2:3]}]
+    opt = BLUR(groups, AdamW, lr=0.1, metric="retain")
+    step_by_closures(opt, problem)
+    problem.params[3].grad = None  # The loss reached it, the optimizer did not.
+    opt.add_param_group({"params": problem.params[3:]})
+    step_by_closures(opt, problem)
+    assert [int(opt.state[p]["step"]) for p in problem.params] == [2, 2, 2, 1]
+    v = opt.state[problem.params[3]]["exp_avg_sq"]
+    assert v.any()
+    means = {float(group["retain_mean_sq"]) for group in opt.param_groups}
+    assert len(means) == 1
+    corrected = [
+        opt.state[p]["exp_avg_sq"] / (1 - group["betas"][1] ** opt.state[p]["step"].double())
+        for group in opt.param_groups
+        for p in group["params"]
+    ]
+    assert means.pop() == pytest.approx(float(torch.cat([c.flatten() for c in corrected]).mean()), rel=1e-12)
+
+
+@backends
+def test_parameters_without_one_gradient_or_both(backend):
+    """v of what has no retain gradient decays; what has none at all is left alone."""
+    problem, opt = make(backend=backend)
+    step_by_closures(opt, problem)
+    head, v = problem.params[2], opt.state[problem.params[2]]["exp_avg_sq"].clone()
+    problem.params[0].requires_grad_(False)
+    frozen = problem.params[0].clone()
+    opt.step(problem.forget_loss, lambda: problem.params[1].square().sum())
+    assert torch.allclose(opt.state[head]["exp_avg_sq"], 0.999 * v, rtol=1e-12)
+    assert torch.equal(problem.params[0], frozen)
+    assert int(opt.state[problem.params[0]]["step"]) == 1
+    assert int(opt.state[head]["step"]) == 2
+
+
+def test_complex_parameters_count_as_their_parts():
+    parts = nn.Parameter(torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    whole = nn.Parameter(torch.view_as_complex(parts.detach().clone()))
+    weights = torch.arange(8.0).view(4, 2).double()
+    for p, view in ((parts, lambda: parts), (whole, lambda: torch.view_as_real(whole))):
+        opt = BLUR([p], AdamW, lr=0.1, metric="retain")
+        for _ in range(3):
+            opt.step(lambda view=view: (view() * weights).sin().sum(), lambda view=view: (view() - 1).square().sum())
+    torch.testing.assert_close(torch.view_as_real(whole.detach()), parts.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@backends
+def test_other_dtypes_follow_float64(dtype, backend):
+    problem, opt = make(dtype=dtype, backend=backend, lr=0.01)
+    twin, other = make(lr=0.01)
+    twin.forget_inputs, twin.retain_inputs = problem.forget_inputs.double(), problem.retain_inputs.double()
+    with torch.no_grad():
+        for p, q in zip(twin.params, problem.params, strict=True):
+            p.copy_(q)
+    for _ in range(3):
+        step_by_closures(opt, problem)
+        step_by_closures(other, twin)
+    # The gradients are rounded to the dtype, and three adaptive steps of 0.01 pass that on in full at most.
+    atol = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    assert_params_close([p.double() for p in problem.params], twin.params, rtol=0, atol=atol)
+
+
+def test_hooks_see_the_update_and_run_once():
+    problem, opt = make()
+    twin, other = make()
+    seen = []
+    opt.register_step_pre_hook(lambda base, args, kwargs: seen.append([p.grad.clone() for p in problem.params]))
+    opt.register_step_post_hook(lambda base, args, kwargs: seen.append("post"))
+    step_by_closures(opt, problem)
+    run_phases(other, twin)
+    assert_params_close(seen[0], [p.grad for p in twin.params], rtol=1e-12, atol=1e-14)
+    assert seen[1:] == ["post"]
+    other.step()
+    assert_params_close(problem.params, twin.params, rtol=1e-12, atol=1e-13)
+
+
+def test_a_scheduler_on_the_base_knows_of_the_steps():
+    problem = Problem()
+    base = AdamW(problem.params, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(base, 1)
+    opt = BLUR(base=base, metric="retain")
+    step_by_closures(opt, problem)
+    scheduler.step()  # Warns where no step came before it.
+
+
+def test_statistics_in_the_metric():
+    problem, opt = make()
+    opt.record_alignment = True
+    twin = Problem()
+    equations = Equations(twin, AdamW)
+    step_by_closures(opt, problem)
+    f, r = equations.gradients()
+    equations.step()
+    p = equations.p
+    found = opt.statistics.to_dict()
+    norms = (f @ (p * f)).sqrt(), (r @ (p * r)).sqrt()
+    expected = {
+        "forget_norm": f.norm(),
+        "cosine": f @ r / f.norm() / r.norm(),
+        "metric_forget_norm": norms[0],
+        "metric_retain_norm": norms[1],
+        "metric_cosine": r @ (p * f) / norms[0] / norms[1],
+        "effective_share": (p * f).square().sum() ** 2 / (len(f) * (p * f).pow(4).sum()),
+        "update_norm": equations.u.norm(),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx({n: float(v) for n, v in expected.items()})
+    assert opt.statistics.parameter_metric_cosines.shape == (4,)
+
+
+def test_clipping_is_that_of_the_update_in_p_grad():
+    problem, opt = make(max_grad_norm=0.1)
+    twin, other = make()
+    run_phases(opt, problem)
+    run_phases(other, twin)
+    nn.utils.clip_grad_norm_(twin.params, 0.1)
+    assert_params_close([p.grad for p in problem.params], [p.grad for p in twin.params], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("scope", ["group", "parameter"])
+def test_scopes(scope):
+    """Each row has its own scale and its own dots; the damping is that of all coordinates."""
+    problem = Problem()
+    groups = [{"params": problem.params[:2]}, {"params": problem.params[2:]}]
+    opt = BLUR(groups, AdamW, lr=0.1, gamma=0.7, metric="retain", damping=DAMPING, scope=scope, weight_decay=0.0)
+    twin = Problem()
+    f, r = (torch.autograd.grad(loss, twin.params) for loss in (twin.forget_loss(), twin.retain_loss()))
+    mean = torch.cat([x.flatten() for x in r]).square().mean()
+    p = [1 / ((x.square() + DAMPING * mean).sqrt() + EPS) for x in r]
+    rows = [(0, 1), (2, 3)] if scope == "group" else [(i,) for i in range(4)]
+    for row in rows:
+        fs, rs, ps = (torch.cat([tensors[i].flatten() for i in row]) for tensors in (f, r, p))
+        s = 1 / (ps * fs).square().mean().sqrt()
+        a = 0.7 * s - (rs @ (ps * fs)) / (fs @ (ps * fs))
+        for i in row:
+            with torch.no_grad():
+                twin.params[i] -= 0.1 * p[i] * (a * f[i] + r[i])
+    step_by_closures(opt, problem)
+    assert_params_close(problem.params, twin.params, rtol=1e-11, atol=1e-12)

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ENGINE_NAMES = ("basic_optimizer", "optimizer", "global_steps", "fp16_enabled", "set_gradient_accumulation_boundary")
+_ENGINE_NAMES = (
+    *("basic_optimizer", "optimizer", "device", "step", "global_steps", "get_global_grad_norm", "fp16_enabled"),
+    "set_gradient_accumulation_boundary",
+)
 
 
 class EngineGradients:
@@ -31,8 +34,6 @@ class EngineGradients:
     #: What is used of the engine and of its optimizer.
     engine_names: Sequence[str] = _ENGINE_NAMES
     names: Sequence[str] = ()
-    #: Every rank keeps the whole gradient of each parameter.
-    whole = False
     #: Each phase leaves its gradients in memory of its own, so that those of the forget phase can stay where they are.
     fresh = False
 
@@ -55,7 +56,7 @@ class EngineGradients:
     @property
     def process_group(self) -> Any:
         """The ranks whose pieces make up the gradients; None where each has all of them."""
-        return None if self.whole else self.optimizer.dp_process_group
+        return None
 
     @property
     def loss_scale(self) -> float:
@@ -106,7 +107,8 @@ class UnshardedGradients(EngineGradients):
     """ZeRO-0: in ``p.grad`` of every rank, averaged at the end of a phase."""
 
     engine_names = (*_ENGINE_NAMES, "allreduce_gradients")
-    whole = fresh = True
+    names: Sequence[str] = ("param_groups",)
+    fresh = True
 
     def end(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -140,7 +142,6 @@ class Bfloat16Zero1Gradients(EngineGradients):
 
     engine_names = (*_ENGINE_NAMES, "allreduce_gradients")
     names: Sequence[str] = ("bf16_groups", "fp32_groups_gradients", "fp32_groups_has_gradients", "zero_grad")
-    whole = True
 
     end = UnshardedGradients.end
 
@@ -165,7 +166,16 @@ class Bfloat16Zero1Gradients(EngineGradients):
         yield from self.optimizer.bf16_groups
 
 
-class Zero12Gradients(EngineGradients):
+class ShardedGradients(EngineGradients):
+    """Each element of a gradient is on one rank."""
+
+    @property
+    def process_group(self) -> Any:
+        """Those of the engine."""
+        return self.optimizer.dp_process_group
+
+
+class Zero12Gradients(ShardedGradients):
     """ZeRO-1 and 2: ``averaged_gradients[group]``, the tensors of this rank's part, and zeros where that is longer."""
 
     engine_names = (*_ENGINE_NAMES, "coalesce_grad_reduction")
@@ -176,9 +186,11 @@ class Zero12Gradients(EngineGradients):
         "dp_process_group",
         "finalize_gradient_accumulation_boundary",
         "get_param_id",
+        "gradient_accumulation_dtype",
         "micro_step_id",
         "params_in_partition",
         "partition_gradients",
+        "ready_for_gradients",
         "zero_grad",
     )
     fresh = True
@@ -202,13 +214,14 @@ class Zero12Gradients(EngineGradients):
     def clear(self) -> None:
         for index in range(len(self.groups)):
             self.optimizer.averaged_gradients[index] = self.optimizer.all_grad_tensors[index] = None
-        self.optimizer.micro_step_id = -1  # As after a step.
+        self.optimizer.micro_step_id = (
+            -1
+        )  # As after a step. The next backward counts, also after one that was abandoned.
+        self.optimizer.ready_for_gradients = False
         self.optimizer.zero_grad()
 
     def is_clear(self) -> bool:
-        # ZeRO-1 leaves gradients with the parameters until the end of a phase, and may not have counted.
-        left = (getattr(p, name, None) is not None for p in self.params for name in ("grad", "grad_accum"))
-        return bool(self.optimizer.micro_step_id == -1) and not any(left)
+        return bool(self.optimizer.micro_step_id == -1)
 
     def _groups(self) -> Iterator[Sequence[Tensor]]:
         yield from self.optimizer.bit16_groups
@@ -280,7 +293,7 @@ class Zero12OffloadGradients(Zero12Gradients):
         return torch.empty(0, dtype=torch.float32)
 
 
-class Zero3Gradients(EngineGradients):
+class Zero3Gradients(ShardedGradients):
     """ZeRO-3: a part of every parameter's gradient, in one flat buffer that every phase writes to."""
 
     names: Sequence[str] = (

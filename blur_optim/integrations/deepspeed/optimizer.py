@@ -54,6 +54,8 @@ class DeepSpeedBLUR(BLUR):
         gamma, retain_weight, rule, normalize, scope, backend: as :class:`blur_optim.BLUR` takes them.
         max_grad_norm: as there, instead of ``gradient_clipping`` in the configuration, which does the same.
         stash: as there, but for ``"recompute"``.
+        metric: ``"euclidean"``. In the retain metric the second moments are those of the retain gradient, and the
+            engine's optimizer would make them of the update.
 
     Raises:
         TypeError: ``engine`` is none.
@@ -73,7 +75,13 @@ class DeepSpeedBLUR(BLUR):
         max_grad_norm: float | None = None,
         stash: str = "reference",
         backend: str | None = None,
+        metric: str = "euclidean",
     ) -> None:
+        if metric != "euclidean":
+            raise ValueError(
+                f"`metric` must be 'euclidean' with an engine, got {metric!r}: the engine's optimizer makes its second "
+                "moments of the update, and the retain metric needs those of the retain gradient. Use fully_shard."
+            )
         if stash == "recompute":
             raise ValueError(
                 "`stash` must not be 'recompute' with an engine, which has phases only. Use 'int8' or 'cpu'."
@@ -149,8 +157,9 @@ class DeepSpeedBLUR(BLUR):
     def configure(self, **options: Any) -> None:
         """As :meth:`blur_optim.BLUR.configure`, with the limits of the constructor's arguments."""
         self._check_arguments(options.get("stash"), options.get("max_grad_norm"))
-        self.zero_grad()
+        before = self._two_phase
         super().configure(**options)
+        before.discard()
 
     def params_by_group(self) -> list[list[Tensor]]:
         """The parameters of the model, by param group; ``param_groups`` hold what the engine has made of them."""

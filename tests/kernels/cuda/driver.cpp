@@ -148,38 +148,55 @@ std::vector<char> run(bool amsgrad) {
   std::vector<Pair> pairs;
   std::vector<AdamTensors> adam;
   std::vector<SgdTensors> sgd;
+  std::vector<MetricTensors> in_metric;
+  std::vector<int64_t> order;
+  std::vector<double> metric;
   for (auto& x : items) {
+    in_metric.push_back({x.pair, kDtype<P>, x.second.data, amsgrad ? x.third.data : nullptr});
+    order.push_back(int64_t(order.size()));
+    metric.insert(metric.end(), {0.9, 0.1, 1.5, 0.01, 1e-8});
     pairs.push_back(x.pair);
     adam.push_back({x.pair, kDtype<P>, x.param.data, x.first.data, x.second.data, amsgrad ? x.third.data : nullptr});
-    sgd.push_back({x.pair, kDtype<P>, x.param.data, x.first.data});
+    sgd.push_back({x.pair, kDtype<P>, x.param.data, x.first.data, x.second.data});
   }
   const int64_t count = int64_t(pairs.size());
-  const size_t chunks = size_t(blur_optim_cuda_dots_workspace(pairs.data(), count));
-  const Array<double> workspace{std::vector<double>(chunks)}, corrections{std::vector<double>(2 * count)},
+  const size_t room = size_t(blur_optim_cuda_metric_dots_workspace(in_metric.data(), count));
+  const Array<double> workspace{std::vector<double>(room)}, numbers{metric}, metric_dots{std::vector<double>(2 * kMetricDots)},
+      corrections{std::vector<double>(2 * count)},
       dots{std::vector<double>(6)}, lr{std::vector<double>{0.1}}, coefficients{std::vector<double>{-1.3, 0.7, 0.5, 2.0}};
   const Array<float> steps{std::vector<float>(count, 3)}, found_inf{std::vector<float>{0}};
-  const DeviceScalars scalars{coefficients.data, lr.data, found_inf.data};
+  const DeviceScalars scalars{coefficients.data, lr.data, found_inf.data, nullptr};
+  const DeviceScalars with_metric{coefficients.data, lr.data, found_inf.data, numbers.data};
   const AdamOptions adam_options{0, 0.9, 0.99, 0.1, 1e-8, amsgrad, false, !amsgrad};
   const SgdOptions sgd_options{0, 0.9, 0.1, 0.1, amsgrad, true, false};
   // One after the other: the thread sanitizer knows at most 8128 threads.
   int error = blur_optim_cuda_dots(pairs.data(), count, 2, workspace.data, dots.data, nullptr);
   error |= synchronize();
-  error |= blur_optim_cuda_adam(adam.data(), count, &adam_options, scalars, steps.data, corrections.data, nullptr);
+  error |= blur_optim_cuda_metric_dots(in_metric.data(), order.data(), count, 2, numbers.data, workspace.data,
+                                       metric_dots.data, nullptr);
   error |= synchronize();
-  error |= blur_optim_cuda_sgd(sgd.data(), count, &sgd_options, scalars, nullptr);
-  error |= synchronize();
+  for (const DeviceScalars& used : {scalars, with_metric}) {
+    error |= blur_optim_cuda_adam(adam.data(), count, &adam_options, used, steps.data, corrections.data, nullptr);
+    error |= synchronize();
+    error |= blur_optim_cuda_sgd(sgd.data(), count, &sgd_options, used, nullptr);
+    error |= synchronize();
+  }
   error |= blur_optim_cuda_blend(pairs.data(), count, coefficients.data, nullptr);
   error |= synchronize();
-  const std::vector<double> sums = dots.read();
+  error |= blur_optim_cuda_metric_blend(in_metric.data(), count, with_metric, nullptr);
+  error |= synchronize();
+  const std::vector<double> sums = dots.read(), metric_sums = metric_dots.read();
   for (int64_t row = 0; row < 2; ++row) {
     double norm = 0;
     for (auto& x : make_items<P, G, F>())
       if (x.pair.row == row) norm += x.forget_norm();
-    if (!(std::fabs(sums[3 * row + 1] / norm - 1) < 1e-6)) error = 1;
+    for (double sum : {sums[3 * row + 1], metric_sums[kMetricDots * row + 1]})
+      if (!(std::fabs(sum / norm - 1) < 1e-6)) error = 1;
   }
   if (error) std::fprintf(stderr, "a launch failed, or the dots are wrong\n"), std::exit(1);
   std::vector<char> bytes;
   append(bytes, dots);
+  append(bytes, metric_dots);
   for (auto& x : items) {
     append(bytes, x.forget);
     append(bytes, x.retain);

@@ -19,7 +19,15 @@ from blur_optim.kernels import native
 ARCHITECTURES = [80, 90, 100]
 SIZES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2, "signed char": 1}
 # Tensors of the parameters' dtype that are read and written; each of these kernels also reads the two gradients.
-STATE = {"adam_kernel": (3, 3), "adam_kernel amsgrad": (4, 4), "sgd_kernel": (1, 1), "sgd_kernel momentum": (2, 2)}
+STATE = {
+    "adam_kernel": (3, 3),
+    "adam_kernel amsgrad": (4, 4),
+    "sgd_kernel": (1, 1),
+    "sgd_kernel momentum": (2, 2),
+    "metric_dots_kernel": (1, 0),
+    "metric_dots_kernel amsgrad": (2, 0),
+    "metric_blend_kernel": (1, 1),
+}
 # Bytes per element that docs/kernels.md names, reads and writes, without the scales of int8: one for each block.
 BYTES = {
     "dots_kernel<float, float>": 2 * 4,
@@ -32,16 +40,23 @@ BYTES = {
     "blend_kernel<float, __nv_bfloat16>": 2 * 4 + 2,
     "blend_kernel<float, signed char>": 2 * 4 + 1,
     "blend_kernel<__nv_bfloat16, signed char>": 2 * 2 + 1,
-    "adam_kernel<float, float, float, false>": 8 * 4,
-    "adam_kernel<float, __nv_bfloat16, __nv_bfloat16, false>": 6 * 4 + 2 * 2,
-    "adam_kernel<float, float, __nv_bfloat16, false>": 7 * 4 + 2,
-    "adam_kernel<float, float, signed char, false>": 7 * 4 + 1,
-    "adam_kernel<float, __nv_bfloat16, signed char, false>": 6 * 4 + 2 + 1,
-    "sgd_kernel<float, float, float, true>": 6 * 4,
-    "sgd_kernel<float, __nv_bfloat16, __nv_bfloat16, true>": 4 * 4 + 2 * 2,
-    "sgd_kernel<float, float, __nv_bfloat16, true>": 5 * 4 + 2,
-    "sgd_kernel<float, float, signed char, true>": 5 * 4 + 1,
-    "sgd_kernel<float, __nv_bfloat16, signed char, true>": 4 * 4 + 2 + 1,
+    "metric_dots_kernel<float, float, float, false>": 3 * 4,
+    "metric_dots_kernel<float, __nv_bfloat16, __nv_bfloat16, false>": 4 + 2 * 2,
+    "metric_dots_kernel<float, float, signed char, false>": 2 * 4 + 1,
+    "metric_blend_kernel<float, float, float>": 5 * 4,
+    "adam_kernel<float, float, float, false, true>": 8 * 4,
+    "adam_kernel<float, float, signed char, false, true>": 7 * 4 + 1,
+    "sgd_kernel<float, float, float, true, true>": 8 * 4,
+    "adam_kernel<float, float, float, false, false>": 8 * 4,
+    "adam_kernel<float, __nv_bfloat16, __nv_bfloat16, false, false>": 6 * 4 + 2 * 2,
+    "adam_kernel<float, float, __nv_bfloat16, false, false>": 7 * 4 + 2,
+    "adam_kernel<float, float, signed char, false, false>": 7 * 4 + 1,
+    "adam_kernel<float, __nv_bfloat16, signed char, false, false>": 6 * 4 + 2 + 1,
+    "sgd_kernel<float, float, float, true, false>": 6 * 4,
+    "sgd_kernel<float, __nv_bfloat16, __nv_bfloat16, true, false>": 4 * 4 + 2 * 2,
+    "sgd_kernel<float, float, __nv_bfloat16, true, false>": 5 * 4 + 2,
+    "sgd_kernel<float, float, signed char, true, false>": 5 * 4 + 1,
+    "sgd_kernel<float, __nv_bfloat16, signed char, true, false>": 4 * 4 + 2 + 1,
 }
 
 
@@ -68,11 +83,16 @@ class Kernel(NamedTuple):
         dtypes = [argument for argument in arguments.split(", ") if argument in SIZES]
         pack = 16 // max(SIZES[dtype] for dtype in dtypes)
         scale = Counter({"read 4": 1} if dtypes[-1] == "signed char" else {})
-        kind = stem + {"adam_kernel": " amsgrad", "sgd_kernel": " momentum"}.get(stem, "") * arguments.endswith("true")
-        reads, writes = STATE.get(kind, (0, 0))
+        flags = [argument == "true" for argument in arguments.split(", ") if argument not in SIZES]
+        option = {"adam_kernel": " amsgrad", "sgd_kernel": " momentum", "metric_dots_kernel": " amsgrad"}.get(stem, "")
+        reads, writes = STATE.get(stem + option * bool(flags and flags[0]), (0, 0))
+        if stem == "sgd_kernel" and flags[1]:  # In the metric it has second moments.
+            reads, writes = reads + 1, writes + 1
         accesses = Counter(f"read {SIZES[dtype] * pack}" for dtype in dtypes[-2:]) + scale
         accesses += Counter({f"read {SIZES[dtypes[0]] * pack}": reads, f"write {SIZES[dtypes[0]] * pack}": writes})
-        return accesses + Counter({"write 16": int(stem == "blend_kernel")}), scale, pack
+        if stem.endswith("blend_kernel"):
+            accesses[f"write {SIZES[dtypes[-2]] * pack}"] += 1
+        return accesses, scale, pack
 
 
 def access_of(instruction: str) -> str | None:
@@ -148,7 +168,8 @@ def short_name(demangled: str) -> str:
 
 def test_every_kernel_is_there(kernels):
     vectorised = {name.partition("<")[0] for name in kernels if "<" in name}
-    assert vectorised == {"dots_kernel", "blend_kernel", "adam_kernel", "sgd_kernel"}
+    metric = {"metric_dots_kernel", "metric_blend_kernel"}
+    assert vectorised == {"dots_kernel", "blend_kernel", "adam_kernel", "sgd_kernel", *metric}
     assert kernels.keys() >= {*BYTES, "rows_kernel", "corrections_kernel"}
 
 
@@ -178,7 +199,7 @@ def test_main_loops_access_each_element_once_and_widely(kernels):
 def test_the_loops_of_the_dots_are_unrolled(kernels):
     """Four packs of each gradient are there to be in flight at a time."""
     for name, kernel in kernels.items():
-        if name.startswith("dots_kernel"):
+        if name.startswith("dots_kernel<"):
             assert max(loop["read 16"] for loop in kernel.loops()) == 4 * kernel.expected()[0]["read 16"], name
 
 

@@ -30,13 +30,13 @@ class Mutant(NamedTuple):
 
 RACE = "WARNING: ThreadSanitizer: data race"
 MUTANTS = {
-    "missing-barrier": Mutant("thread", "multi_tensor.cu", "  __syncthreads();\n", "", RACE),
+    "missing-barrier": Mutant("thread", "reduce.cuh", "  __syncthreads();\n", "", RACE),
     "warps-share-a-slot": Mutant(
-        "thread", "multi_tensor.cu", "shared[k * kWarps + threadIdx.x / 32] =", "shared[k * kWarps] =", RACE
+        "thread", "reduce.cuh", "shared[k * kWarps + threadIdx.x / 32] =", "shared[k * kWarps] =", RACE
     ),
     # What orders the second stage after the first is the stream alone.
     "second-stage-on-another-stream": Mutant(
-        "thread", "multi_tensor.cu", "launch(rows_kernel, grid, stream,", "launch(rows_kernel, grid, &table,", RACE
+        "thread", "reduce.cuh", "launch(rows_kernel, grid, stream,", "launch(rows_kernel, grid, &table,", RACE
     ),
     "blocks-share-a-partial-sum": Mutant(
         "thread", "multi_tensor.cu", "entry.key + piece.offset / kChunk;", "entry.key;", RACE
@@ -55,14 +55,14 @@ MUTANTS = {
     ),
     "divergent-barrier": Mutant(
         "plain",
-        "multi_tensor.cu",
+        "reduce.cuh",
         "  __syncthreads();\n",
         "  if (threadIdx.x < 32) __syncthreads();\n",
         "emulator: divergent __syncthreads: 32 of 64 threads wait at",
     ),
     "divergent-shuffle": Mutant(
         "plain",
-        "multi_tensor.cu",
+        "reduce.cuh",
         "    for (int distance = 16; distance;",
         "    for (int distance = threadIdx.x % 32 ? 16 : 8; distance;",
         "emulator: divergent __shfl_xor_sync: 31 of 32 threads wait at",
@@ -77,6 +77,7 @@ def compile_driver(folder: Path, sanitizer: str, mutated: Path | None = None) ->
     objects = [
         emulated_object(folder / f"{sanitizer}-driver.o", HERE / "driver.cpp", *flags),
         emulated_object(folder / f"{sanitizer}-fused.o", CSRC / "cuda/fused.cu", *flags),
+        emulated_object(folder / f"{sanitizer}-metric.o", CSRC / "cuda/metric.cu", *flags),
         emulated_object(place / f"{sanitizer}-multi_tensor.o", csrc / "cuda/multi_tensor.cu", *flags, csrc=csrc),
     ]
     return linked(place / f"{sanitizer}-driver", *FLAGS[sanitizer], *objects)
