@@ -3,6 +3,7 @@
 DeepSpeed itself is in ``test_deepspeed.py``.
 """
 
+
 import pytest
 import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
