@@ -1,7 +1,7 @@
 """BLUR: the torch.optim-style wrapper. What happens inside a step is the matter of :mod:`blur_optim.step`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from blur_optim.kernels import select_backend
 from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
-from blur_optim.step.gradients import check_weight
+from blur_optim.step.dynamo import OutsideGraphs, outside
 from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults
 from blur_optim.step.metric_step import MetricStep
 from blur_optim.step.phases import Phase
+from blur_optim.step.plan import check_weight
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
@@ -119,7 +120,7 @@ class BLUR(OptimizerWrapper):
         own = _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
         super().__init__(made, {**own, **(metric_defaults(made) if metric == "retain" else {})})
         self._two_phase = self._make_two_phase()
-        params = self._two_phase.params()
+        params = self._two_phase.plan.params
         if is_gathered(params):
             raise ValueError(
                 "`params` must be the sharded parameters, got copies that FSDP has gathered for a forward pass. "
@@ -128,6 +129,7 @@ class BLUR(OptimizerWrapper):
         for device in {p.device for p in params}:
             select_backend(backend, device)
 
+    @outside
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, forget: Closure | None = None, retain: Closure | None = None, *, closure: None = None
@@ -161,8 +163,8 @@ class BLUR(OptimizerWrapper):
             return None
         return self._two_phase.step(forget, retain, self._settings(), self.amp_attributes())
 
-    @contextmanager
-    def forget(self) -> Iterator[None]:
+    @outside
+    def forget(self) -> AbstractContextManager[None]:
         """Open the forget phase: every backward pass of the forget loss belongs in this context.
 
         Raises:
@@ -174,11 +176,10 @@ class BLUR(OptimizerWrapper):
                 "`stash` must not be 'recompute' with phases, which cannot be run a second time. Use "
                 "opt.step(forget, retain), or stash='int8'."
             )
-        with self._two_phase.forget_phase():
-            yield
+        return OutsideGraphs(self._two_phase.forget_phase(self._settings()))
 
-    @contextmanager
-    def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> Iterator[None]:
+    @outside
+    def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> AbstractContextManager[None]:
         """Open the retain phase: every backward pass of the retain loss belongs in this context.
 
         On exit ``p.grad`` holds the update; ``step()`` and ``zero_grad()`` follow.
@@ -191,13 +192,7 @@ class BLUR(OptimizerWrapper):
         Raises:
             RuntimeError: no forget phase precedes, or gradients appeared since it ended.
         """
-        inside = self._two_phase
-        with inside.abandoning_on_error():
-            inside.begin_retain()
-            yield
-            inside.end_retain()
-            with torch.no_grad():
-                inside.write_update(self._settings(), grad_scale)
+        return OutsideGraphs(self._two_phase.retain_phase(self._settings, grad_scale))
 
     @property
     def stash(self) -> str:
@@ -214,7 +209,7 @@ class BLUR(OptimizerWrapper):
         p = self._two_phase.last
         if p is None:
             return None
-        skipped = self._two_phase.skipped
+        skipped = self._two_phase.skipped.clone()  # Which counts on.
         in_metric = p.in_metric, p.parameters_in_metric
         return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots, *in_metric)
 
@@ -304,7 +299,7 @@ class BLUR(OptimizerWrapper):
         return super()._step_supports_amp_scaling
 
     def _make_two_phase(self) -> TwoPhaseStep:
-        return (MetricStep if self.metric == "retain" else TwoPhaseStep)(self.base, self.stash)
+        return (MetricStep if self.metric == "retain" else TwoPhaseStep)(self.base, self.stash, self.backend)
 
     def _settings(self) -> Settings:
         # Made anew for each step: the attributes are the user's to change between two.
