@@ -96,7 +96,7 @@ def main(folder, way):
         assert again.reference_log_probs.computed == 0
         for p, q in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
             assert torch.equal(p.to_local(), q.to_local())
-        adapted = make_trainer(folder / "lora", tiny_lora(), retain_loss="kl", fsdp=True, fsdp_config=FSDP)
+        adapted = make_trainer(folder / "lora", tiny_lora(fresh=True), retain_loss="kl", fsdp=True, fsdp_config=FSDP)
         adapted.train()
         save(whole(adapted.model), folder / "lora.pt")
         by_hand = {"model": tiny_llama(), "collator": collate, "forget_rows": rows(16, 1), "retain_rows": rows(16, 2)}

@@ -120,6 +120,7 @@ def train(opt, engine, steps=range(STEPS), micro=MICRO, times=1.0):
                     backward(engine, step, side, i, times)
         opt.step()
         seen.append(numbers(opt.statistics))
+        opt.zero_grad()  # With an engine there is nothing left.
     return seen
 
 
