@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from blur_optim.kernels import blocks
 from blur_optim.parallel.ranks import to_local
-from blur_optim.step.stash import STASHES, Stash, Stashed
+from blur_optim.step.stash import STASHES, Stash
 
 _DEVICE = torch.device("cpu")
 
@@ -93,8 +93,12 @@ def _bytes(tensors: Iterator[Tensor] | list[Tensor]) -> int:
 class ElsewhereStash(Stash):
     """Stand for ``stash="cpu"`` where the device is the CPU already: what is on "meta" is not on the device either."""
 
-    def _keep(self, param: Tensor, grad: Tensor) -> Stashed:
-        return Stashed(to_local(grad).to("meta"), None, grad.dtype)
+    may_be_elsewhere = True
+
+    def keep(self, params: Sequence[Tensor], places: Sequence[int]) -> None:
+        values = self._waiting.values
+        for i in places:
+            values[i] = None if values[i] is None else to_local(values[i]).to("meta")
 
 
 @contextlib.contextmanager

@@ -4,16 +4,23 @@ The baseline is the step of a weighted sum: one AdamW(fused=True) step on gradie
 measures, projects and updates in ``opt.step(forget, retain)`` with closures that only assign gradients.
 
     python benchmarks/step_bench.py --models smollm-135m tiny --threads 1
+
+``--host`` prints what a step costs the host beside its arithmetic: lists of small tensors, many param groups, a
+compressed stash, each in units of AdamW(fused=True) on the same tensors and with the limit that it has to keep.
+
+    python benchmarks/step_bench.py --host --threads 1
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from baselines import original_update
 from harness import Candidate, Clock, Result, compare, header, show, write_csv
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from blur_optim import BLUR
@@ -40,6 +47,75 @@ MODELS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
     "lora-7b": lambda: lora(4096, 32, 11008, 4096, rank=16),
     "tiny": lambda: [(1000,)] * 3000,
 }
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """A list of tensors on which a step is to cost at most ``limit`` times that of AdamW(fused=True)."""
+
+    name: str
+    shapes: list[tuple[int, ...]]
+    limit: float
+    groups: int = 1
+    options: dict[str, object] = field(default_factory=dict)
+
+
+HOST_CASES = (
+    HostCase("3000 tensors of 1000 elements", [(1000,)] * 3000, 1.8),
+    HostCase("300 tensors of 1000 elements", [(1000,)] * 300, 1.8),
+    HostCase("3000 tensors in 300 groups", [(1000,)] * 3000, 2.0, groups=300),
+    HostCase("300 tensors of 1000, stash='int8'", [(1000,)] * 300, 4.0, options={"stash": "int8"}),
+    HostCase("128M elements in 16 tensors", [(1 << 23,)] * 16, 1.7),
+)
+
+
+def host_table(arguments: argparse.Namespace, console: Console) -> list[Result]:
+    """Time the cases of ``HOST_CASES``, each beside its own baseline."""
+    device, clock = torch.device(arguments.device), Clock(torch.device(arguments.device))
+    table = Table(title="host: BLUR in units of AdamW(fused=True) on the same tensors", title_justify="left")
+    for column in ("tensors", "ratio", "20-80 %", "limit"):
+        table.add_column(column, justify="left" if column == "tensors" else "right", no_wrap=True)
+    results: list[Result] = []
+    for case in HOST_CASES:
+        baseline, (blur,) = host_candidates(case, device)
+        source, target = torch.randn(2, 1 << 20, device=device)
+        copy = Candidate("copy", lambda s=source, t=target: t.copy_(s), 2 * source.nbytes)
+        rounds = arguments.rounds * (5 if len(case.shapes) <= 300 else 1)  # The shorter, the noisier.
+        found, *_ = compare(case.name, [blur], baseline, copy, clock, rounds, dtype="float32", size=case.name)
+        table.add_row(
+            case.name, f"{found.ratio:.2f}", f"{found.ratio_20:.2f}-{found.ratio_80:.2f}", f"{case.limit:.1f}"
+        )
+        results.append(found)
+    console.print(table)
+    return results
+
+
+def host_candidates(case: HostCase, device: torch.device) -> tuple[Candidate, list[Candidate]]:
+    """One BLUR and its baseline, each with its own state, over the same parameters in equal groups."""
+    forget, retain = randn(case.shapes, device, torch.float32), randn(case.shapes, device, torch.float32)
+    size = len(case.shapes) // case.groups
+
+    params = [torch.nn.Parameter(t) for t in randn(case.shapes, device, torch.float32)]
+
+    def groups() -> list[dict[str, object]]:
+        return [{"params": params[i : i + size]} for i in range(0, len(params), size)]
+
+    adamw = torch.optim.AdamW(groups(), lr=1e-5, fused=True)
+    opt = BLUR(groups(), torch.optim.AdamW, lr=1e-5, fused=True, **case.options)
+
+    def assign(grads: Sequence[Tensor]) -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
+    def weighted_sum() -> None:
+        assign(retain)
+        adamw.step()
+        adamw.zero_grad()
+
+    def blur() -> None:
+        opt.step(lambda: assign(forget), lambda: assign(retain))
+
+    return Candidate("baseline: AdamW(fused=True)", weighted_sum), [Candidate("BLUR", blur)]
 
 
 def randn(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -89,6 +165,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
         torch.set_num_threads(arguments.threads)
     clock = Clock(device)
     console.print(header(device, clock), highlight=False)
+    if arguments.host:
+        return host_table(arguments, console)
     results: list[Result] = []
     dtype = getattr(torch, arguments.dtype)
     for name in arguments.models:
@@ -110,6 +188,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm-135m", "tiny"])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=["blur", "weighted_sum", "normalized"])
     parser.add_argument("--threads", type=int, help="CPU threads; 1 measures CPU time")
+    parser.add_argument("--host", action="store_true", help="the table of the host's time and its limits alone")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()

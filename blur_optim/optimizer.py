@@ -1,7 +1,7 @@
 """BLUR: the torch.optim-style wrapper. What happens inside a step is the matter of :mod:`blur_optim.step`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from blur_optim.kernels import select_backend
 from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
-from blur_optim.step.gradients import check_weight
+from blur_optim.step.dynamo import OutsideGraphs, outside
 from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults
 from blur_optim.step.metric_step import MetricStep
 from blur_optim.step.phases import Phase
+from blur_optim.step.plan import check_weight
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
@@ -53,11 +54,33 @@ class BLUR(OptimizerWrapper):
         stash: where the forget gradients wait: ``"reference"`` as they are, ``"bfloat16"`` or ``"int8"`` compressed,
             ``"cpu"`` in host memory, ``"recompute"`` by evaluating the retain closure twice; see docs/memory.md.
         backend: kernels to use, see :mod:`blur_optim.kernels.select`; None takes the default.
+        metric: ``"euclidean"``, the paper, or ``"retain"``: gradients are compared, and the step is taken, in the
+            metric of the retain loss; see below.
+        damping: :math:`\delta` of the retain metric; >= 0.
         **base_kwargs: go to ``base``: ``lr``, ``weight_decay``, ``fused``, ... Where ``base`` has an argument of a name
             above (``max_grad_norm``, ``normalize``), bind it: ``base=functools.partial(Base, max_grad_norm=1.0)``.
             Where it has a hyperparameter ``gamma`` or ``retain_weight``, as MARS, the param groups hold the base's
             under that name, and BLUR's as ``blur_gamma`` or ``blur_retain_weight``. Several optimizers over parts of
             one model are a base as :class:`blur_optim.ChainedOptimizer`.
+
+    With ``metric="retain"`` the base is AdamW, Adam or SGD, and its second moments are those of :math:`g_r` alone:
+
+    .. math::
+        v \leftarrow \beta_2 v + (1-\beta_2)\,g_r^2, \qquad P = 1/(\sqrt{\hat v + \delta\bar v} + \epsilon), \qquad
+        \theta \leftarrow \theta - \mathrm{lr}\,P\,\hat m,
+
+    where m averages u as before, :math:`\hat v` is v with its bias corrected, :math:`\bar v` its mean over all
+    coordinates as the step before left it. The rule sees the dots in the metric, :math:`\langle x, P y\rangle`, of
+    :math:`s\,g_f` and :math:`g_r`, and its a is multiplied with :math:`s = 1/\max(\mathrm{rms}(P g_f), 10^{-8})`, over
+    the coordinates of the scope. So :math:`\gamma` means the same for every loss and model: the root mean square of the
+    forget term's step, in units of lr. With the rule ``"blur"``, whatever :math:`g_r` is,
+    :math:`\langle g_f, P u\rangle = \gamma s \langle g_f, P g_f\rangle`: to first order, that times lr is what the
+    forget loss falls by in the step that is taken, momentum aside.
+
+    ``max_grad_norm`` clips :math:`\|u\|` there too, as ``clip_grad_norm_`` would after the phases; v sees :math:`g_r`
+    unclipped, so a limit that is always exceeded acts as a smaller lr. Weight decay is the base's: AdamW's shrinks the
+    parameters, the others' joins u, not v. :math:`\beta_2` is the base's; for SGD ``metric_beta`` in the param groups,
+    0.99. :math:`\bar v` is in the param groups (``retain_mean_sq``), so that a resumed run has the same bits.
 
     Raises:
         TypeError: ``base`` is not an optimizer, needs a closure of its own, or takes gradients in hooks in backward.
@@ -97,7 +120,7 @@ class BLUR(OptimizerWrapper):
         own = _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
         super().__init__(made, {**own, **(metric_defaults(made) if metric == "retain" else {})})
         self._two_phase = self._make_two_phase()
-        params = self._two_phase.params()
+        params = self._two_phase.plan.params
         if is_gathered(params):
             raise ValueError(
                 "`params` must be the sharded parameters, got copies that FSDP has gathered for a forward pass. "
@@ -106,6 +129,7 @@ class BLUR(OptimizerWrapper):
         for device in {p.device for p in params}:
             select_backend(backend, device)
 
+    @outside
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, forget: Closure | None = None, retain: Closure | None = None, *, closure: None = None
@@ -139,8 +163,8 @@ class BLUR(OptimizerWrapper):
             return None
         return self._two_phase.step(forget, retain, self._settings(), self.amp_attributes())
 
-    @contextmanager
-    def forget(self) -> Iterator[None]:
+    @outside
+    def forget(self) -> AbstractContextManager[None]:
         """Open the forget phase: every backward pass of the forget loss belongs in this context.
 
         Raises:
@@ -152,11 +176,10 @@ class BLUR(OptimizerWrapper):
                 "`stash` must not be 'recompute' with phases, which cannot be run a second time. Use "
                 "opt.step(forget, retain), or stash='int8'."
             )
-        with self._two_phase.forget_phase():
-            yield
+        return OutsideGraphs(self._two_phase.forget_phase(self._settings()))
 
-    @contextmanager
-    def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> Iterator[None]:
+    @outside
+    def retain(self, grad_scale: GradScaler | Tensor | float | None = None) -> AbstractContextManager[None]:
         """Open the retain phase: every backward pass of the retain loss belongs in this context.
 
         On exit ``p.grad`` holds the update; ``step()`` and ``zero_grad()`` follow.
@@ -169,13 +192,7 @@ class BLUR(OptimizerWrapper):
         Raises:
             RuntimeError: no forget phase precedes, or gradients appeared since it ended.
         """
-        inside = self._two_phase
-        with inside.abandoning_on_error():
-            inside.begin_retain()
-            yield
-            inside.end_retain()
-            with torch.no_grad():
-                inside.write_update(self._settings(), grad_scale)
+        return OutsideGraphs(self._two_phase.retain_phase(self._settings, grad_scale))
 
     @property
     def stash(self) -> str:
@@ -192,7 +209,7 @@ class BLUR(OptimizerWrapper):
         p = self._two_phase.last
         if p is None:
             return None
-        skipped = self._two_phase.skipped
+        skipped = self._two_phase.skipped.clone()  # Which counts on.
         in_metric = p.in_metric, p.parameters_in_metric
         return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots, *in_metric)
 
@@ -282,7 +299,7 @@ class BLUR(OptimizerWrapper):
         return super()._step_supports_amp_scaling
 
     def _make_two_phase(self) -> TwoPhaseStep:
-        return (MetricStep if self.metric == "retain" else TwoPhaseStep)(self.base, self.stash)
+        return (MetricStep if self.metric == "retain" else TwoPhaseStep)(self.base, self.stash, self.backend)
 
     def _settings(self) -> Settings:
         # Made anew for each step: the attributes are the user's to change between two.

@@ -141,8 +141,13 @@ class OptimizerWrapper(Optimizer):
 
 
 def supports_amp_scaling(base: Optimizer) -> bool:
-    """Whether ``base`` takes ``found_inf`` and ``grad_scale``, as torch's fused optimizers do."""
-    return bool(getattr(base, "_step_supports_amp_scaling", False))
+    """Whether ``base`` takes ``found_inf`` and ``grad_scale``, as torch's fused optimizers do.
+
+    torch marks the optimizer that is made with ``fused=True``, and leaves the mark there when a checkpoint of an
+    unfused one, or the user, says otherwise in a param group. Its step then asserts that neither is there.
+    """
+    marked = bool(getattr(base, "_step_supports_amp_scaling", False))
+    return marked and all(group.get("fused", True) for group in base.param_groups)
 
 
 @contextmanager

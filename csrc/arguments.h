@@ -73,6 +73,33 @@ inline std::vector<Pair> make_pairs(const Tensors& forget, const Tensors& retain
   return pairs;
 }
 
+// What the compress operation takes, as pairs: `forget` what is written, `retain` the gradient.
+inline std::vector<Pair> make_compressed(const Tensors& values, const Tensors& scales, const Tensors& grads) {
+  STD_TORCH_CHECK(values.size() == grads.size(), "`values` must have ", grads.size(), " tensors like `grads`, got ",
+                  values.size(), ".");
+  std::vector<Pair> pairs;
+  pairs.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor &v = values[i], &g = grads[i];
+    const int64_t n = g.numel();
+    const Dtype from = dtype_of(g, "grads", i);
+    const bool quantized = v.scalar_type() == ScalarType::Char;
+    STD_TORCH_CHECK(quantized || (v.scalar_type() == ScalarType::BFloat16 && element_size(from) > 2), "`values[", i,
+                    "]` must be int8, or bfloat16 for a gradient of more bytes.");
+    STD_TORCH_CHECK(v.numel() == n, "`values[", i, "]` must have as many elements as `grads[", i, "]`, ", n, ", got ",
+                    v.numel(), ".");
+    const int64_t blocks = (n + kBlockSize - 1) / kBlockSize;
+    STD_TORCH_CHECK(!quantized || (i < scales.size() && scales[i].scalar_type() == ScalarType::Float &&
+                                   scales[i].numel() == blocks && scales[i].is_contiguous()),
+                    "`scales[", i, "]` must be a contiguous float32 tensor of ", blocks, " elements, one for each block of ",
+                    kBlockSize, " of `grads[", i, "]`.");
+    pairs.push_back({n ? v.mutable_data_ptr() : nullptr, n ? g.mutable_data_ptr() : nullptr, n, from, 0,
+                     quantized ? Dtype::Int8 : Dtype::BFloat16,
+                     quantized ? static_cast<const float*>(scales[i].mutable_data_ptr()) : nullptr});
+  }
+  return pairs;
+}
+
 inline const double* coefficients_pointer(const Tensor& t) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 && t.size(1) == 2,
                   "`coefficients` must be a contiguous float64 tensor of shape [rows, 2].");

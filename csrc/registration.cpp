@@ -193,6 +193,14 @@ void sgd(const Tensors& params, const Tensors& momentum_buffers, const Tensors& 
 
 }  // namespace
 
+void multi_tensor_compress_cpu(Tensors values, Tensors scales, Tensors grads) {
+  const std::vector<Pair> pairs = make_compressed(values, scales, grads);
+  const cpu::Kernels& k = cpu::kernels();
+  for_each_chunk(pairs, make_chunks(pairs), [&](int64_t, const Chunk&, const Pair& pair) {
+    k.compress(pair.dtype, pair.retain, pair.numel, pair.forget, const_cast<float*>(pair.scales));
+  });
+}
+
 void fused_adamw_cpu(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors forget,
                      Tensors retain, std::vector<int64_t> rows, Tensor coefficients, Tensor steps, Tensor lr, double beta1,
                      double beta2, double weight_decay, double eps, bool amsgrad, bool maximize, bool decoupled,
@@ -243,6 +251,7 @@ STABLE_TORCH_LIBRARY(blur_optim, m) {
       "fused_sgd_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] forget, Tensor[] retain, int[] rows, "
       "Tensor coefficients, Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
       "bool first_step, Tensor? found_inf, Tensor[] scales) -> ()");
+  m.def("multi_tensor_compress_(Tensor(a!)[] values, Tensor(b!)[] scales, Tensor[] grads) -> ()");
   m.def(
       "multi_tensor_metric_dots(Tensor[] forget, Tensor[] retain, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "
       "int[] rows, int num_rows, Tensor metric, Tensor[] scales) -> Tensor");
@@ -265,6 +274,7 @@ STABLE_TORCH_LIBRARY_IMPL(blur_optim, CPU, m) {
   m.impl("multi_tensor_blend_", TORCH_BOX(&blur_optim::multi_tensor_blend_cpu));
   m.impl("fused_adamw_", TORCH_BOX(&blur_optim::fused_adamw_cpu));
   m.impl("fused_sgd_", TORCH_BOX(&blur_optim::fused_sgd_cpu));
+  m.impl("multi_tensor_compress_", TORCH_BOX(&blur_optim::multi_tensor_compress_cpu));
   m.impl("multi_tensor_metric_dots", TORCH_BOX(&blur_optim::multi_tensor_metric_dots_cpu));
   m.impl("multi_tensor_metric_blend_", TORCH_BOX(&blur_optim::multi_tensor_metric_blend_cpu));
   m.impl("metric_adamw_", TORCH_BOX(&blur_optim::metric_adamw_cpu));

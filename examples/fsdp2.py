@@ -58,6 +58,8 @@ def make_optimizer(model: PreTrainedModel, options: argparse.Namespace) -> BLUR:
         gamma=options.gamma,
         retain_weight=options.retain_weight,
         rule=options.rule,
+        metric=options.metric,
+        damping=options.damping,
         stash=options.stash,
         max_grad_norm=options.max_grad_norm,
         lr=options.lr,

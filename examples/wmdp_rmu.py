@@ -58,6 +58,8 @@ def make_optimizer(params: Iterable[nn.Parameter], options: argparse.Namespace) 
         params,
         torch.optim.AdamW,
         rule=options.rule,
+        metric=options.metric,
+        damping=options.damping,
         gamma=options.gamma,
         retain_weight=options.retain_weight,
         lr=options.lr,

@@ -35,7 +35,10 @@ def measure_costs(settings: Settings, cache: Path, progress: Progress) -> None:
     before = shop.before(0)
     runs = {
         method: Unlearning(
-            Job(TUNE, method, weights_of(method, [1.0])[0], settings.lrs[0], 0), before, shop.task(0), settings
+            Job(TUNE, method, weights_of(method, [1.0], settings.unit_scale)[0], settings.lrs[0], 0),
+            before,
+            shop.task(0),
+            settings,
         )
         for method in settings.methods
     }

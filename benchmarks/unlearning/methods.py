@@ -126,7 +126,7 @@ def make_optimizer(
     return BLUR(params, gamma=weight, **options, **adamw)
 
 
-def weight_scale(method: Method) -> float:
+def weight_scale(method: Method, unit_scale: float) -> float:
     """Return the largest weight that may be of use: the grid of weights goes down from it.
 
     Found on the tuning seed of TOFU. NPO and DPO are sums over an answer's tokens, of which there are some tens; the
@@ -135,5 +135,5 @@ def weight_scale(method: Method) -> float:
     if method.combine in IN_THE_METRIC or method.combine.endswith("-metric") or method.combine == "dampening":
         return 1.0
     if "normalized" in method.combine:
-        return 3.0
+        return unit_scale
     return {"npo": 0.1, "dpo": 0.1, "rmu": 3.0, "margin": 0.01}.get(method.forget_loss, 1.0)

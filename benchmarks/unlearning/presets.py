@@ -111,6 +111,7 @@ PRESETS: dict[tuple[str, str], Settings] = {
         lrs=(3e-4, 1e-4),
         tuning_weights=(3.0, 1.0, 0.3),
         weights=(),
+        unit_scale=1.0,
         seeds=tuple(seed for seed in range(20) if seed % 4),
         judged_seeds=(1, 2, 3),
     ),

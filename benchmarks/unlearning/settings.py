@@ -43,6 +43,7 @@ class Settings:
         tuned_at: shares of the target's probability that are kept: learning rate and weight are chosen together, by the
             mean over these of the lowest log p_forget. Empty: see ``stages.select``.
         judged_seeds: of the held-out seeds, those whose chosen runs get full scores and are relearned; empty: all.
+        unit_scale: that largest weight for what sees unit gradients; the more steps, the smaller.
         steps, batch_size, accumulation: of unlearning; ``batch_size`` is of each of the two losses.
         looks: how often probabilities are measured along the way, on ``look_rows`` rows of a kind.
         line: whether the straight line from the target to the end of the run is looked at too.
@@ -78,6 +79,7 @@ class Settings:
     lrs: tuple[float, ...] = (3e-4, 1e-3)
     tuning_weights: tuple[float, ...] = (0.3, 0.03)
     weights: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01)
+    unit_scale: float = 3.0
     tuned_at: tuple[float, ...] = ()
     tuning_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)

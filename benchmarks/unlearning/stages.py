@@ -106,7 +106,7 @@ def tuning_jobs(settings: Settings) -> list[Job]:
         Job(TUNE, method, weight, lr, settings.tuning_seed)
         for method in settings.methods
         for lr in settings.lrs
-        for weight in weights_of(method, settings.tuning_weights)
+        for weight in weights_of(method, settings.tuning_weights, settings.unit_scale)
     ]
 
 
@@ -123,7 +123,7 @@ def sweep_jobs(settings: Settings, selected: Selected) -> list[Job]:
         )
         for method, chosen in selected.items()
         for seed in settings.seeds
-        for weight in dict.fromkeys([*weights_of(method, settings.weights), chosen["weight"]])
+        for weight in dict.fromkeys([*weights_of(method, settings.weights, settings.unit_scale), chosen["weight"]])
     ]
 
 
@@ -131,11 +131,11 @@ def _judged(settings: Settings, seed: int) -> bool:
     return not settings.judged_seeds or seed in settings.judged_seeds
 
 
-def weights_of(method: str, weights: Iterable[float]) -> list[float]:
+def weights_of(method: str, weights: Iterable[float], unit_scale: float) -> list[float]:
     """Return the weights of a method: the same grid for all, down from what is largest for its losses."""
     if parse_method(method).combine == FORGET_ONLY:
         return [1.0]
-    return [float(f"{weight * weight_scale(parse_method(method)):.6g}") for weight in weights]
+    return [float(f"{weight * weight_scale(parse_method(method), unit_scale):.6g}") for weight in weights]
 
 
 def select(settings: Settings, folder: Path) -> Selected:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from blur_optim.integrations.split_loss import SplitLoss
 from blur_optim.integrations.trainer_step import BLURStepMixin, blur_options
+from blur_optim.step.gradients import own_name
 
 #: The ``method_args`` that are BLUR's. Every other one is the method's.
 OPTIONS = tuple(name for name in inspect.signature(blur_options).parameters if name not in ("gamma", "retain_weight"))
@@ -83,7 +84,8 @@ def make_trainer(method: Any, grad_diff: Any) -> type:
             inputs = self._prepare_inputs(batch)
             if side == "forget":
                 return self._split.forget(model, inputs)
-            return self._split.retain(model, inputs, self.blur.param_groups[0]["retain_weight"])
+            group = self.blur.param_groups[0]
+            return self._split.retain(model, inputs, group[own_name("retain_weight", group)])
 
         def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
             if side == "forget":
@@ -92,7 +94,7 @@ def make_trainer(method: Any, grad_diff: Any) -> type:
                 # The same on all processes, as every coefficient has to be.
                 weight = self.accelerator.reduce(self._split.retain_weight(), "mean").item()
                 for group in self.blur.param_groups:
-                    group.update(gamma=1.0, retain_weight=weight)
+                    group.update({own_name("gamma", group): 1.0, own_name("retain_weight", group): weight})
             return super()._run_phase(model, side, batches)
 
     BLUR.__qualname__ = BLUR.__name__ = f"BLUR_{method.__name__}"

@@ -155,11 +155,10 @@ class SplitLoss:
                 with torch.no_grad():
                     value = self.method.compute_retain_loss(trainer, *args, **kwargs).detach().clone()
             leaves["r"] = value.requires_grad_()
-            retain_loss: Tensor = leaves["r"]
-            return retain_loss if self._reads_retain_loss else retain_loss.as_subclass(UncomputedLoss)
+            return value if self._reads_retain_loss else value.as_subclass(UncomputedLoss)
 
         with _attributes(trainer, gamma=leaves["gamma"], alpha=leaves["alpha"], compute_retain_loss=stand_in):
-            loss = self.method.compute_loss(trainer, model, inputs)
+            loss: Tensor = self.method.compute_loss(trainer, model, inputs)
         return loss.as_subclass(Tensor), leaves
 
     def _unweighted(self, loss: Tensor, leaves: Mapping[str, Any]) -> Tensor:

@@ -22,7 +22,7 @@ from blur_optim.integrations.deepspeed import DeepSpeedBLUR
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
-from blur_optim.step.gradients import own_name
+from blur_optim.step.plan import own_name
 from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")

@@ -4,7 +4,7 @@ A block holds ``round(x / scale)`` with ``scale = max |x| / 127``: no element is
 run over the elements in memory order. A block with an infinity or a NaN reads as NaN.
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,16 +19,30 @@ SLAB_SIZE = 1 << 22
 CPU_SLAB_SIZE = 1 << 16
 
 
-def quantize(grad: Tensor) -> tuple[Tensor, Tensor]:
+def empty_compressed(grads: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Make room for compressed gradients.
+
+    Args:
+        grads: dense, on one device.
+        dtype: int8 or bfloat16.
+    Returns:
+        ``dtype`` of the same shapes and strides; for int8 also float32 ``[ceil(n / 256)]`` each, else an empty list.
+    """
+    values = [torch.empty_like(grad, dtype=dtype, memory_format=torch.preserve_format) for grad in grads]
+    if dtype != torch.int8 or not grads:
+        return values, []
+    sizes = [-(-grad.numel() // BLOCK_SIZE) for grad in grads]
+    buffer = torch.empty(sum(sizes), dtype=torch.float32, device=grads[0].device)
+    return values, list(torch.split(buffer, sizes))
+
+
+def quantize_(values: Tensor, scales: Tensor, grad: Tensor) -> None:
     """Compress a gradient.
 
     Args:
         grad: dense, any shape, float32, float64, bfloat16 or float16. Not modified.
-    Returns:
-        int8 of the same shape and strides, and float32 ``[ceil(n / 256)]``.
+        values, scales: written; as :func:`empty_compressed` makes them.
     """
-    values = torch.empty_like(grad, dtype=torch.int8, memory_format=torch.preserve_format)
-    scales = torch.empty(math.ceil(grad.numel() / BLOCK_SIZE), dtype=torch.float32, device=grad.device)
     source, target = memory_order(grad), memory_order(values)
     size = CPU_SLAB_SIZE if grad.device.type == "cpu" else SLAB_SIZE
     whole = grad.numel() // BLOCK_SIZE * BLOCK_SIZE
@@ -38,6 +52,12 @@ def quantize(grad: Tensor) -> tuple[Tensor, Tensor]:
         _quantize(source[slab].view(-1, BLOCK_SIZE), target[slab].view(-1, BLOCK_SIZE), scales[first:last])
     if whole < grad.numel():
         _quantize(source[whole:].view(1, -1), target[whole:].view(1, -1), scales[-1:])
+
+
+def quantize(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Compress one gradient, and make room for the result."""
+    (values,), (scales,) = empty_compressed([grad], torch.int8)
+    quantize_(values, scales, grad)
     return values, scales
 
 
@@ -66,4 +86,6 @@ def _quantize(source: Tensor, target: Tensor, scales: Tensor) -> None:
     values = source.float()
     torch.div(values.abs().amax(dim=1), 127, out=scales)
     # A block of zeros has scale 0: its quotients are NaN, which an integer cannot hold.
-    target.copy_((values / scales[:, None]).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+    integers = (values / scales[:, None]).round_().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    # A scale that is a denormal number may be too small by a third.
+    target.copy_(integers.clamp_(-127, 127))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize, dequantize_flat
+from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize, dequantize_flat, quantize_
 from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense, memory_order
 from blur_optim.kernels.plan import buckets
 
@@ -63,6 +63,14 @@ def multi_tensor_blend_(
             out, weight = (f, a) if r.numel() == 0 else (r, b)
             for slab, _ in _slabs(out, out, None):
                 slab.copy_(slab.to(weight.dtype) * weight)
+
+
+def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for i, (v, grad) in enumerate(zip(values, grads, strict=True)):
+        if v.dtype == torch.int8:
+            quantize_(v, scales[i], grad)
+        else:
+            v.copy_(grad)
 
 
 def multi_tensor_metric_dots(
@@ -196,7 +204,7 @@ def _moment(v: Tensor, r: Tensor, numbers: Sequence[Tensor]) -> Tensor:
     if not r.numel():
         return moment
     r = r.to(moment.dtype)
-    return moment + numbers[1] * r * r
+    return moment + numbers[1] * (r * r)
 
 
 def _denominator(corrected: Tensor, numbers: Sequence[Tensor]) -> Tensor:

@@ -155,6 +155,8 @@ def metric_blend_the_unusual_(
 
 def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients with the elements of each pair in one order: as they are, or copies where layouts are unusual."""
+    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
+        return list(forget), list(retain)
     forget = [f if is_dense(f) else f.contiguous() for f in forget]
     retain = [
         in_order_of(r, f) if f.numel() == r.numel() else r.contiguous() for f, r in zip(forget, retain, strict=True)
@@ -170,6 +172,8 @@ def blend_the_unusual_(
     scales: Sequence[Tensor],
 ) -> list[int]:
     """Blend the pairs of unusual layout, whose results a copy would miss, by the other backend. The indices left."""
+    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
+        return list(range(len(retain)))
     dense: list[int] = []
     for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
         if dense_alike(r, f) if r.numel() and f.numel() else (r if r.numel() else f).is_contiguous():
@@ -177,6 +181,11 @@ def blend_the_unusual_(
         else:
             foreach.multi_tensor_blend_([r], [f], coefficients, [rows[i]], scales[i : i + 1])
     return dense
+
+
+def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    _op("multi_tensor_compress_")(list(values), list(scales), list(grads))
+    increment_version([*values, *scales])
 
 
 def fused_adamw_(

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from blur_optim.kernels.blocks import dequantize
+from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize
+from blur_optim.kernels.layout import memory_order
 
 
 def multi_tensor_dots(
@@ -39,6 +40,19 @@ def multi_tensor_blend_(
             f.copy_(a * f64)
         else:
             r.copy_(b * r.double())
+
+
+def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for i, (v, grad) in enumerate(zip(values, grads, strict=True)):
+        if v.dtype != torch.int8:
+            v.copy_(grad)
+            continue
+        # In float32, in which the scale is kept: what the others are to have the bits of.
+        target, blocks = memory_order(v), torch.split(memory_order(grad).float(), BLOCK_SIZE)
+        for b, block in enumerate(blocks):
+            scales[i][b] = block.abs().max() / 127
+            integers = (block / scales[i][b]).round().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            target[b * BLOCK_SIZE : (b + 1) * BLOCK_SIZE] = integers.clamp(-127, 127).to(torch.int8)
 
 
 def multi_tensor_metric_dots(

@@ -38,6 +38,7 @@ torch.library.register_fake("blur_optim::multi_tensor_dots", _multi_tensor_dots)
 torch.library.register_fake("blur_optim::multi_tensor_metric_dots", _multi_tensor_metric_dots)
 _IN_PLACE = (
     "multi_tensor_blend_",
+    "multi_tensor_compress_",
     "fused_adamw_",
     "fused_sgd_",
     "multi_tensor_metric_blend_",

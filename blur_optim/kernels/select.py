@@ -56,6 +56,18 @@ class Backend(Protocol):
                 float32, in float64 to float64 tensors, and the result is rounded once to the tensors' dtype.
         """
 
+    def multi_tensor_compress_(
+        self, values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> None:
+        """Compress gradients: read each once, write the result.
+
+        Args:
+            values: int8 or bfloat16, of the shapes and strides of ``grads``, which are dense. bfloat16 is rounded to
+                the nearest, ties to even.
+            scales: of the int8 ones, as :mod:`blur_optim.kernels.blocks` says; empty where all are bfloat16. The
+                integers and scales have the same bits in every backend.
+        """
+
     # In the metric of the retain loss. ``metric`` is ``[len(forget), 5]`` float64 on the tensors' device: for each
     # tensor beta2, the weight of r^2 in the second moment (1 - beta2, over the square of the loss scale), the inverse
     # of its bias correction, the damping, eps. With the second moment s = beta2 v + weight r^2 that this step makes

@@ -94,6 +94,13 @@ def multi_tensor_blend_(
     _run_plan(_kernels().blend_kernel, plan, coefficients.contiguous())
 
 
+def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    if grads:
+        plan = _make_plan(values, grads, scales, {}, [0] * len(grads), 1)
+        increment_version([*values, *scales])
+        _run_plan(_kernels().compress_kernel, plan)
+
+
 def multi_tensor_metric_dots(
     forget: Sequence[Tensor],
     retain: Sequence[Tensor],

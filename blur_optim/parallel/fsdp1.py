@@ -4,6 +4,7 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blur_optim.parallel.instances import instances
@@ -13,7 +14,7 @@ _MODULE = "torch.distributed.fsdp._flat_param"
 
 def fsdp1_ids(params: Iterable[Tensor]) -> frozenset[int]:
     """The ids of those of ``params`` that FullyShardedDataParallel shards."""
-    if _MODULE not in sys.modules:
+    if _MODULE not in sys.modules or not torch.distributed.is_initialized():
         return frozenset()
     return frozenset(id(p) for p in params if getattr(p, "_fsdp_flattened", False))
 
@@ -30,4 +31,6 @@ def fsdp1_handles(ids: Collection[int]) -> dict[int, Any]:
 def has_unreduced_fsdp1(params: Collection[Tensor]) -> bool:
     """Whether a gradient is there that a backward under ``no_sync()`` has left whole, and this rank's alone."""
     flattened = fsdp1_ids(params)
-    return any(id(p) in flattened and p.grad is not None and p.grad.shape != p.shape for p in params)
+    return bool(flattened) and any(
+        id(p) in flattened and p.grad is not None and p.grad.shape != p.shape for p in params
+    )

@@ -45,10 +45,10 @@ def _is_unreduced(fsdp_param: Any) -> bool:
 
 def _groups_of(params: Iterable[Tensor]) -> Iterator[Any]:
     """The FSDPParamGroups of ``params``."""
-    if _COMPOSABLE not in sys.modules:
-        return
     ids = {id(p) for p in params if hasattr(p, "to_local")}
-    for group in _all_groups() if ids else ():
+    if not ids or _COMPOSABLE not in sys.modules:
+        return
+    for group in _all_groups():
         if any(id(f.sharded_param) in ids for f in group.fsdp_params):
             yield group
 

@@ -10,7 +10,7 @@ of :mod:`blur_optim.parallel.wrappers`.
 
 import functools
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -22,6 +22,7 @@ from blur_optim.parallel.fsdp1 import fsdp1_handles, fsdp1_ids
 # Names of mesh dimensions that parameters are neither sharded nor replicated over. Most stages also differ in size and
 # fail the comparison of ranks; those of equal size look like replicas.
 _PIPELINES = ("pp", "pipe", "pipeline", "stage")
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # Of a fingerprint: its square times the number of ranks stays exact in float64 up to 2^17 ranks.
 _BITS = 18
 
@@ -45,6 +46,14 @@ def to_local(t: Tensor) -> Tensor:
         # Behind an asynchronous collective it is a promise, whose memory kernels must not read.
         local = local.wait()
     return local
+
+
+def to_locals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`to_local` of each; next to nothing where none is distributed."""
+    tensors = list(tensors)
+    if set(map(type, tensors)) <= PLAIN:
+        return tensors
+    return [to_local(t) for t in tensors]
 
 
 def like(local: Tensor, param: Tensor) -> Tensor:
@@ -92,14 +101,16 @@ class Ranks:
         self._fsdp1: dict[int, Any] = {}
         self._unread: list[tuple[Any, Tensor, str]] = []
 
-    def update(self, params: Iterable[Tensor]) -> None:
+    def update(self, params: Sequence[Tensor], dtensors: Sequence[Any] | None = None) -> None:
         """Look at how ``params`` are distributed now, and at what is known by now about earlier sums.
+
+        Args:
+            dtensors: those of ``params`` that are DTensors, where that is known.
 
         Raises:
             RuntimeError: the ranks have not taken the same step.
         """
         self._read_verdicts()
-        params = list(params)
         flattened = fsdp1_ids(params)
         if flattened != self._fsdp1.keys():
             self._fsdp1 = fsdp1_handles(flattened)
@@ -107,7 +118,9 @@ class Ranks:
                 raise ValueError(
                     "The parameters must lie in FullyShardedDataParallel still, got some with its mark alone."
                 )
-        meshes = {id(p.device_mesh): p.device_mesh for p in params if is_dtensor(p)}
+        meshes = {
+            id(p.device_mesh): p.device_mesh for p in (filter(is_dtensor, params) if dtensors is None else dtensors)
+        }
         self._groups, self._size = [], 1
         if self._fsdp1:
             self._use_fsdp1(bool(meshes))

@@ -33,13 +33,16 @@ class Wrappers:
         self._engines.begin(params)
         self._data_parallel.begin(params)
 
-    def end(self, params: Sequence[Tensor], phase: str) -> None:
+    def end(self, params: Sequence[Tensor], dtensors: Sequence[Tensor], phase: str) -> None:
         """A phase ends; its gradients are then in ``p.grad``.
+
+        Args:
+            dtensors: those of ``params`` that are DTensors, which are all that fully_shard may hold back.
 
         Raises:
             RuntimeError: gradients of it are not averaged over the ranks yet.
         """
-        if holds_back(params):
+        if holds_back(dtensors):
             raise RuntimeError(
                 f"The {phase} phase must end with its gradients reduced, got gradients that FSDP still holds back. "
                 f"Before the last backward of the {phase} phase call model.set_requires_gradient_sync(True), and with "
@@ -54,13 +57,13 @@ class Wrappers:
         if has_unreduced_fsdp1(params) or self._data_parallel.end():
             _refuse_no_sync(phase)
 
-    def holds_back(self, params: Sequence[Tensor]) -> bool:
-        """Whether there are gradients of ``params`` that are not in ``p.grad`` yet."""
-        return holds_back(params)
+    def holds_back(self, dtensors: Sequence[Tensor]) -> bool:
+        """Whether there are gradients that are not in ``p.grad`` yet."""
+        return holds_back(dtensors)
 
-    def drop(self, params: Sequence[Tensor]) -> None:
+    def drop(self, dtensors: Sequence[Tensor]) -> None:
         """Drop what is held back, as ``p.grad = None`` drops the rest."""
-        drop_held_back(params)
+        drop_held_back(dtensors)
 
 
 def _refuse_no_sync(phase: str) -> NoReturn:

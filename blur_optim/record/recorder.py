@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blur_optim.optimizer import BLUR
 from blur_optim.record.record_file import FORMAT, Record, drop_torn_line, line_of, read_record
-from blur_optim.step.gradients import own_name
+from blur_optim.step.plan import own_name
 from blur_optim.step.statistics import StepStatistics, read_tensors
 
 __all__ = ["Record", "Recorder", "read_record"]

@@ -2,15 +2,19 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from blur_optim.optimizer_wrapper import lent, supports_amp_scaling
 from blur_optim.parallel.engines import REMEDY, is_engine
+
+# Where the host would wait for the device otherwise. On the CPU there is nothing to gain, and torch's fused kernels
+# there visit other elements where a gradient's layout is not the parameter's.
+_FUSED_DEVICES = frozenset(("cuda",))
 
 
 def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
@@ -36,12 +40,61 @@ def make_base(params: Any, base: Callable[..., Optimizer] | Optimizer, kwargs: d
         raise TypeError(f"`base` must be an optimizer class, factory or instance, got {base!r}.")
     if params is None:
         raise TypeError("`params` must be given, unless `base` is an optimizer instance.")
+    params, fused = _fused_by_default(params, base, kwargs)
     try:
-        return base(params, **kwargs)
+        return base(params, **kwargs, **fused)
     except TypeError as error:
         if "alpha" in kwargs and "alpha" in str(error):
             raise TypeError(f"{error}. The paper's alpha is called `retain_weight` here.") from error
         raise
+
+
+def _fused_by_default(
+    params: Any, base: Callable[..., Optimizer], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """``params`` with its iterators as lists, and ``fused=True`` where it spares a wait and nothing was said.
+
+    On a GPU the step counts of an unfused base are on the host, which therefore waits in each step to know whether it
+    is skipped. BLUR's own update is what is computed either way.
+    """
+    said = {"fused", "foreach", "capturable", "differentiable"}
+    if base not in (AdamW, Adam, SGD) or said & kwargs.keys() or isinstance(params, Tensor):
+        return params, {}
+    params = [
+        {**p, "params": p["params"] if isinstance(p["params"], Tensor) else list(p["params"])}
+        if isinstance(p, dict) and "params" in p
+        else p
+        for p in params
+    ]
+    if any(isinstance(p, dict) and said & p.keys() for p in params):
+        return params, {}
+    tensors = [p[1] if isinstance(p, tuple) else p for p in _flat(params)]
+    supported = tensors and all(
+        isinstance(p, Tensor) and p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in tensors
+    )
+    return params, {"fused": True} if supported else {}
+
+
+def _flat(params: list[Any]) -> list[Any]:
+    found: list[Any] = []
+    for p in params:
+        own = p.get("params", ()) if isinstance(p, dict) else (p,)
+        found += [own] if isinstance(own, Tensor) else own
+    return found
+
+
+def check_differentiable(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a step that is to be differentiated.
+
+    Raises:
+        ValueError: a param group has ``differentiable=True``.
+    """
+    if any(group.get("differentiable") for group in param_groups):
+        raise ValueError(
+            "`differentiable` must be False, got True: the update is formed in place, outside of autograd, so a "
+            "derivative through the step would miss the forget gradient. Step the base optimizer itself on an update "
+            "that you form from the two gradients."
+        )
 
 
 def check_base(base: object) -> None:
@@ -52,6 +105,7 @@ def check_base(base: object) -> None:
     if isinstance(base, LBFGS) or _needs_closure(type(base)):
         name = type(base).__name__
         raise TypeError(f"`base` must step on p.grad without a closure of its own, which {name} needs.")
+    check_differentiable(base.param_groups)
     if _hooks_backward(base):
         raise TypeError(
             f"`base` must take its gradients from p.grad when it steps, got {type(base).__name__}, which takes them in "

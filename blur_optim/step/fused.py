@@ -4,7 +4,7 @@ The base keeps its own state, made by its own initialisation: checkpoints move b
 in both directions.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,63 +16,127 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from blur_optim.kernels import FusedBackend, select_backend
 from blur_optim.kernels.layout import dense_alike, is_dense
 from blur_optim.optimizer_wrapper import supports_amp_scaling
-from blur_optim.parallel.ranks import to_local
-from blur_optim.step.gradients import Pair, PairedGradients
-from blur_optim.step.projection import Projection, block_scales
+from blur_optim.parallel.ranks import PLAIN, to_local, to_locals
+from blur_optim.step.base_state import BaseState
+from blur_optim.step.gradients import Pair, PairedGradients, Pairs, by_group
+from blur_optim.step.plan import any_missing
+from blur_optim.step.projection import Projection
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-
-
-def why_not_fused(base: Optimizer, gradients: PairedGradients, backend: str | None) -> str:
-    """Say why ``base.step()`` has to be taken the plain way; an empty string where it need not."""
-    if type(base) not in _STEPS:
-        return f"{type(base).__name__} has no fused update"
-    if has_step_hooks(base) or "step" in base.__dict__:
-        return "a hook or a wrapper of step may look at p.grad"
-    if len(gradients.devices) != 1:
-        return "the parameters are on several devices, or none has a gradient"
-    chosen = select_backend(backend, gradients.device)
-    if not hasattr(chosen, "fused_adamw_"):
-        return "the backend has no fused update"
-    if any(_group_needs_base(group) for group in base.param_groups):
-        return "a param group is capturable or differentiable, or has tensors for betas or momentum"
-    if not all(fits(pair, base.state.get(pair.param, {})) for pair in gradients.pairs):
-        return "a parameter, gradient or state has an unusual dtype or layout"
-    return ""
+_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_ALL_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+_HALVES = frozenset((torch.bfloat16, torch.float16))
 
 
-def fused_step(base: Optimizer, gradients: PairedGradients, projection: Projection, backend: str | None) -> None:
-    """Take the step of ``base`` on the projected update. ``why_not_fused`` must have had no objection."""
-    if not supports_amp_scaling(base) and projection.found_inf.item():
-        return  # As on the plain path: such a base counts its steps on the host, so the host has to know.
-    kernels = cast(FusedBackend, select_backend(backend, gradients.device))
-    for index, group in enumerate(base.param_groups):
-        batches = (pairs for _, _, pairs in gradients.batches(index))
-        _STEPS[type(base)](base, group, batches, projection, kernels)
+class FusedStep:
+    """The fused step of one base optimizer, and what is kept of it for the next: the places of state and rates."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+        self._state: BaseState | None = None
+        self._lrs: dict[tuple[float, torch.device], Tensor] = {}
+
+    def why_not(self, gradients: PairedGradients, backend: str | None) -> str:
+        """Say why ``base.step()`` has to be taken the plain way; an empty string where it need not."""
+        base = self.base
+        if type(base) not in _STEPS:
+            return f"{type(base).__name__} has no fused update"
+        if has_step_hooks(base) or "step" in base.__dict__:
+            return "a hook or a wrapper of step may look at p.grad"
+        if len(gradients.devices) != 1:
+            return "the parameters are on several devices, or none has a gradient"
+        chosen = select_backend(backend, gradients.device)
+        if not hasattr(chosen, "fused_adamw_"):
+            return "the backend has no fused update"
+        if any(map(_group_needs_base, base.param_groups)):
+            return "a param group is capturable or differentiable, or has tensors for betas or momentum"
+        if not self._fits(gradients):
+            return "a parameter, gradient or state has an unusual dtype or layout"
+        return ""
+
+    def step(self, gradients: PairedGradients, projection: Projection, backend: str | None) -> None:
+        """Take the step of ``base`` on the projected update. :meth:`why_not` must have had no objection."""
+        if not supports_amp_scaling(self.base) and projection.found_inf.item():
+            return  # As on the plain path: such a base counts its steps on the host, so the host has to know.
+        kernels = cast(FusedBackend, select_backend(backend, gradients.device))
+        for pairs in gradients.batches():
+            _STEPS[type(self.base)](self, pairs, projection, kernels)
+
+    def lr(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        """The learning rate of ``group`` as the kernels take it; the last one where it has not changed."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            return learning_rate(group, device)
+        if (lr, device) not in self._lrs:
+            if len(self._lrs) > 2 * len(self.base.param_groups):  # Those of earlier steps of a schedule.
+                self._lrs.clear()
+            self._lrs[lr, device] = learning_rate(group, device)
+        return self._lrs[lr, device]
+
+    def state_of(self, params: Sequence[Tensor]) -> BaseState:
+        """The base's state of ``params``, looked up only where it or they are others than in the last step."""
+        if self._state is None or not self._state.holds(self.base, params):
+            self._state = BaseState(self.base, params)
+        return self._state
+
+    def initialised(self, pairs: Pairs) -> BaseState:
+        """The state of ``pairs``, made by Adam itself where it is not there yet."""
+        state = self.state_of(pairs.params)
+        if not state.entries:
+            state.read(_entries(self.base))
+        if any_missing(state.entries["step"]):
+            for index, _, _ in by_group(pairs):
+                lists: list[list[Tensor]] = [[] for _ in range(6)]
+                cast(Any, self.base)._init_group(self.base.param_groups[index], *lists)
+            state = self.state_of(pairs.params)
+            state.read(_entries(self.base))
+        return state
+
+    def _fits(self, gradients: PairedGradients) -> bool:
+        """Whether one loop over memory visits the same element of each parameter, its state and its gradients."""
+        pairs = gradients.pairs
+        state, params = self.state_of(pairs.params), to_locals(pairs.params)
+        moments = state.read(_entries(self.base))[: len(_moments(self.base))]
+        dtypes, grad_dtypes = {p.dtype for p in params}, {r.dtype for r in pairs.retain}
+        alike = len(dtypes) == 1 and dtypes <= _FLOATS and set(map(type, params)) <= PLAIN
+        alike = alike and (grad_dtypes == dtypes or (dtypes == {torch.float32} and grad_dtypes <= _HALVES))
+        if alike and gradients.contiguous and all(map(Tensor.is_contiguous, params)):
+            if state.known_to_fit(dtypes, moments):
+                return True
+            if all(_is_plain(m, dtypes) for values in moments for m in values if m is not None):
+                state.remember_to_fit(dtypes, moments)
+                return True
+        places = range(len(pairs))
+        return all(
+            fit(params[i], pairs.forget[i], pairs.retain[i], [to_local(m[i]) for m in moments if m[i] is not None])
+            for i in places
+        )
 
 
-def _adam_step(
-    base: Optimizer, group: dict[str, Any], batches: Iterable[list[Pair]], projection: Projection, kernels: FusedBackend
-) -> None:
-    params: list[Tensor] = []
-    lists: list[list[Tensor]] = [[] for _ in range(5)]
-    cast(Any, base)._init_group(group, params, *lists)
-    # Steps on the device advance there, unless the step is skipped; fused_step has answered that for those on the host.
+def _adam_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: FusedBackend) -> None:
+    base = step.base
+    state = step.initialised(pairs)
+    params = to_locals(pairs.params)
+    exp_avgs, exp_avg_sqs, *others = (to_locals(state.entries[name]) for name in _moments(base))
+    state_steps = state.entries["step"]
+    # Steps on the device advance there, unless the step is skipped; FusedStep has answered that for those on the host.
     advance = 1 - projection.found_inf if supports_amp_scaling(base) else torch.ones(())
-    torch._foreach_add_(lists[4], [advance] * len(params))
-    beta1, beta2 = group["betas"]
-    for pairs in batches:
-        _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = _of_pairs(pairs, params, lists)
-        device = pairs[0].device
+    torch._foreach_add_(state_steps, [advance] * len(state_steps))
+    steps = _stacked(state_steps, pairs.device)
+    coefficients = projection.coefficients
+    for index, start, stop in by_group(pairs):
+        group, part = base.param_groups[index], slice(start, stop)
+        beta1, beta2 = group["betas"]
         kernels.fused_adamw_(
-            _locals(pair.param for pair in pairs),
-            _locals(exp_avgs),
-            _locals(exp_avg_sqs),
-            _locals(max_exp_avg_sqs),
-            *_gradient_arguments(pairs, projection),
-            torch.stack(state_steps).to(device, torch.float32, non_blocking=True),
-            learning_rate(group, device),
+            params[part],
+            exp_avgs[part],
+            exp_avg_sqs[part],
+            others[0][part] if group["amsgrad"] else [],
+            pairs.forget[part],
+            pairs.retain[part],
+            pairs.rows[part],
+            coefficients,
+            steps[part],
+            step.lr(group, pairs.device),
             beta1=beta1,
             beta2=beta2,
             weight_decay=group["weight_decay"],
@@ -81,67 +145,80 @@ def _adam_step(
             maximize=group["maximize"],
             decoupled=group.get("decoupled_weight_decay", isinstance(base, AdamW)),
             found_inf=projection.found_inf,
-            scales=block_scales(pairs),
+            scales=pairs.scales[part],
         )
 
 
-def _sgd_step(
-    base: Optimizer, group: dict[str, Any], batches: Iterable[list[Pair]], projection: Projection, kernels: FusedBackend
+def _sgd_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: FusedBackend) -> None:
+    states = step.state_of(pairs.params).dicts
+    for index, start, stop in by_group(pairs):
+        group, mine = step.base.param_groups[index], pairs.part(start, stop)
+        if group["momentum"] == 0:
+            _sgd_kernel(step, group, mine, [], projection, kernels, first_step=False)
+            continue
+        buffers: list[Any] = [state.get("momentum_buffer") for state in states[start:stop]]
+        new = [i for i, buffer in enumerate(buffers) if buffer is None]
+        if new and projection.found_inf.item():
+            continue  # A buffer that a skipped step has made would be damped in the next.
+        for i in new:
+            made = torch.empty_like(mine.params[i], memory_format=torch.preserve_format)
+            step.base.state[mine.params[i]]["momentum_buffer"] = buffers[i] = made
+        old = sorted(set(range(len(mine))) - set(new)) if new else range(len(mine))
+        for first_step, places in ((False, old), (True, new)):
+            if places:
+                chosen = mine if len(places) == len(mine) else mine.select(places)
+                tensors = to_locals(buffers[i] for i in places)
+                _sgd_kernel(step, group, chosen, tensors, projection, kernels, first_step=first_step)
+
+
+def _sgd_kernel(
+    step: FusedStep,
+    group: dict[str, Any],
+    pairs: Pairs,
+    momentum_buffers: list[Tensor],
+    projection: Projection,
+    kernels: FusedBackend,
+    first_step: bool,
 ) -> None:
-    has_momentum = group["momentum"] != 0
-    for pairs in batches:
-        new = [has_momentum and base.state[pair.param].get("momentum_buffer") is None for pair in pairs]
-        if any(new) and projection.found_inf.item():
-            return  # A buffer that a skipped step has made would be damped in the next.
-        for first_step in set(new):
-            mine = [pair for pair, is_new in zip(pairs, new, strict=True) if is_new == first_step]
-            if first_step:
-                for pair in mine:
-                    buffer = torch.empty_like(pair.param, memory_format=torch.preserve_format)
-                    base.state[pair.param]["momentum_buffer"] = buffer
-            kernels.fused_sgd_(
-                _locals(pair.param for pair in mine),
-                _locals(base.state[pair.param]["momentum_buffer"] for pair in mine) if has_momentum else [],
-                *_gradient_arguments(mine, projection),
-                learning_rate(group, mine[0].device),
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                first_step=first_step,
-                found_inf=projection.found_inf,
-                scales=block_scales(mine),
-            )
+    kernels.fused_sgd_(
+        to_locals(pairs.params),
+        momentum_buffers,
+        pairs.forget,
+        pairs.retain,
+        pairs.rows,
+        projection.coefficients,
+        step.lr(group, pairs.device),
+        momentum=group["momentum"],
+        dampening=group["dampening"],
+        weight_decay=group["weight_decay"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        first_step=first_step,
+        found_inf=projection.found_inf,
+        scales=pairs.scales,
+    )
 
 
 _STEPS: dict[type[Optimizer], Callable[..., None]] = {AdamW: _adam_step, Adam: _adam_step, SGD: _sgd_step}
 
 
-def _of_pairs(pairs: list[Pair], params: list[Tensor], lists: list[list[Tensor]]) -> list[list[Tensor]]:
-    """What the lists, which follow ``params``, hold for these pairs; both are in the order of the group."""
-    if len(pairs) == len(params):
-        return lists
-    index = {id(p): i for i, p in enumerate(params)}
-    return [[values[index[id(pair.param)]] for pair in pairs] if values else [] for values in lists]
+def _moments(base: Optimizer) -> tuple[str, ...]:
+    """The names of what a step of ``base`` reads and writes beside the parameters."""
+    if isinstance(base, SGD):
+        return ("momentum_buffer",) if any(group["momentum"] != 0 for group in base.param_groups) else ()
+    amsgrad = any(group["amsgrad"] for group in base.param_groups)
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
-def _locals(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [to_local(t) for t in tensors]
+def _entries(base: Optimizer) -> tuple[str, ...]:
+    """The names of all that is read of a parameter's state."""
+    return _moments(base) if isinstance(base, SGD) else (*_moments(base), "step")
 
 
-def _gradient_arguments(
-    pairs: Sequence[Pair], projection: Projection
-) -> tuple[list[Tensor], list[Tensor], list[int], Tensor]:
-    rows = [pair.row for pair in pairs]
-    return [pair.forget for pair in pairs], [pair.retain for pair in pairs], rows, projection.coefficients
-
-
-def learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        return lr.to(device, torch.float64)
-    return torch.full((), lr, dtype=torch.float64, device=device)
+def _stacked(state_steps: list[Tensor], device: torch.device) -> Tensor:
+    if device.type != "cpu" and len(set(map(Tensor.get_device, state_steps))) > 1:
+        state_steps = [s.to(device) for s in state_steps]  # Some groups have loaded the state of an unfused base.
+    return torch.stack(state_steps).to(device, torch.float32, non_blocking=True)
 
 
 def has_step_hooks(base: Optimizer) -> bool:
@@ -160,24 +237,33 @@ def _group_needs_base(group: dict[str, Any]) -> bool:
     )
 
 
+def _is_plain(moment: Tensor, dtypes: set[torch.dtype]) -> bool:
+    local = to_local(moment)
+    return local.dtype in dtypes and local.is_contiguous()
+
+
+def learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
+    """0-d float64 on ``device``."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        return lr.to(device, torch.float64)
+    return torch.full((), lr, dtype=torch.float64, device=device)
+
+
 def fits(pair: Pair, state: Mapping[str, Any]) -> bool:
     """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
-    p = to_local(pair.param)
-    dtype, forget, retain = p.dtype, pair.forget, pair.retain
-    # Of a subclass with a dispatch of its own (torchao's weights of 8 bits) the memory is something else.
-    if (
-        is_traceable_wrapper_subclass(p)
-        or dtype not in _FLOATS
-        or (retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in (torch.bfloat16, torch.float16)))
-    ):
+    found = [to_local(state[name]) for name in _ALL_MOMENTS if state.get(name) is not None]
+    return fit(to_local(pair.param), pair.forget, pair.retain, found)
+
+
+def fit(param: Tensor, forget: Tensor, retain: Tensor, moments: Sequence[Tensor]) -> bool:
+    """The same, of real local tensors."""
+    if is_traceable_wrapper_subclass(param):
+        return False  # With a dispatch of its own (torchao's weights of 8 bits): its memory is something else.
+    dtype = param.dtype
+    if dtype not in _FLOATS or (retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in _HALVES)):
         return False
-    moments = [to_local(state[name]) for name in _MOMENTS if state.get(name) is not None]
-    contiguous = p.is_contiguous() and forget.is_contiguous() and retain.is_contiguous()
-    for moment in moments:
-        if moment.dtype != dtype:
-            return False
-        contiguous = contiguous and moment.is_contiguous()
-    if contiguous:
-        return True
-    others = [grad for grad in (forget, retain) if grad.numel()] + moments
-    return is_dense(p) and all(dense_alike(p, t) for t in others)
+    if any(moment.dtype != dtype for moment in moments):
+        return False
+    others = [*(grad for grad in (forget, retain) if grad.numel()), *moments]
+    return is_dense(param) and all(dense_alike(param, t) for t in others)

@@ -1,34 +1,83 @@
 """The gradients of a step, paired by parameter, in the form that the kernels take."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from numbers import Real
-from typing import Any, NamedTuple
+from operator import eq, is_
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from blur_optim.parallel.ranks import Ranks, is_dtensor, like, settle_gradient, to_local
-from blur_optim.step.stash import Stash, Stashed, real
+from blur_optim.parallel.ranks import Ranks, like, settle_gradient, to_local, to_locals
+from blur_optim.step.plan import Plan, Rows, any_missing
+from blur_optim.step.stash import Stash, Stashed, Waiting, real
 
 #: Bytes of forget gradients that are brought back from another device at a time; a single larger one is alone.
 PIECE_BYTES = 1 << 26
 
 
-class Pair(NamedTuple):
-    """The two gradients of one parameter, as real local tensors of one shape; an absent one has 0 elements.
+@dataclass
+class Pairs:
+    """The two gradients of some parameters: lists of one length, as one kernel call takes them.
 
     Args:
-        param: the parameter.
-        forget: may be compressed, and with ``stash="cpu"`` in host memory.
-        row: the row of the dots and of the coefficients that it belongs to.
-        group: the index of its param group.
-        scales: of the blocks of ``forget``, where that is int8.
-        weight: of its dots in the sum over all ranks.
-        member: its place in :attr:`Rows.members`.
+        params: the parameters.
+        forget, retain: real local tensors of one shape; an absent one has 0 elements. ``forget`` may be compressed, and
+            with ``stash="cpu"`` in host memory.
+        rows: the row of the dots and of the coefficients that each belongs to.
+        members: its place in :attr:`Rows.params`.
+        groups: the index of its param group.
+        scales: of the blocks of ``forget``, in the kernels' form: an entry for each, or empty where nothing is int8.
+        weight: of the dots in the sum over all ranks.
     """
+
+    params: list[Tensor] = field(default_factory=list)
+    forget: list[Tensor] = field(default_factory=list)
+    retain: list[Tensor] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    @property
+    def device(self) -> torch.device:
+        return self.retain[0].device
+
+    def select(self, indices: Sequence[int]) -> "Pairs":
+        """Those at ``indices``."""
+        chosen: dict[str, Any] = {name: [v[i] for i in indices] if v else [] for name, v in self.lists().items()}
+        return replace(self, **chosen)
+
+    def part(self, start: int, stop: int) -> "Pairs":
+        """Those from ``start`` to ``stop``, all of them without a copy."""
+        if start == 0 and stop == len(self):
+            return self
+        chosen: dict[str, Any] = {name: values[start:stop] for name, values in self.lists().items()}
+        return replace(self, **chosen)
+
+    def each(self) -> list["Pair"]:
+        """One by one."""
+        scales: Sequence[Tensor | None] = self.scales or [None] * len(self)
+        return [
+            Pair(p, f, r, row, group, scale if f.dtype == torch.int8 else None, member)
+            for p, f, r, row, group, scale, member in zip(
+                self.params, self.forget, self.retain, self.rows, self.groups, scales, self.members, strict=True
+            )
+        ]
+
+    def lists(self) -> dict[str, list[Any]]:
+        return {name: values for name, values in self.__dict__.items() if name != "weight"}
+
+
+class Pair(NamedTuple):
+    """One of :class:`Pairs`; ``scales`` is None where ``forget`` is not int8."""
 
     param: Tensor
     forget: Tensor
@@ -36,96 +85,11 @@ class Pair(NamedTuple):
     row: int
     group: int
     scales: Tensor | None = None
-    weight: float = 1.0
     member: int = 0
 
     @property
     def device(self) -> torch.device:
         return self.retain.device
-
-
-def check_weight(name: str, value: Any) -> float:
-    """Return a gradient's weight as a float.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is negative or not finite.
-    """
-    if not isinstance(value, Real | Tensor):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    weight = float(value)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
-    return weight
-
-
-def own_name(name: str, group: Mapping[str, Any]) -> str:
-    """Under what key a param group has BLUR's ``gamma`` or ``retain_weight``: with a prefix where its base has one."""
-    prefixed = f"blur_{name}"
-    return prefixed if prefixed in group else name
-
-
-@dataclass
-class Rows:
-    """The rows of the dots and of the coefficients: one per param group, or one per parameter.
-
-    Args:
-        members: parameter, its row and the index of its param group, in the order of the param groups.
-        gammas, alphas: of each row.
-    """
-
-    members: list[tuple[Tensor, int, int]] = field(default_factory=list)
-    gammas: list[float] = field(default_factory=list)
-    alphas: list[float] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, param_groups: Sequence[dict[str, Any]], takes_part: Callable[[Tensor], bool], per_parameter: bool
-    ) -> "Rows":
-        rows = cls()
-        for index, group in enumerate(param_groups):
-            params = [p for p in group["params"] if takes_part(p)]
-            first, count = len(rows.gammas), len(params) if per_parameter else 1
-            rows.members += [(p, first + (i if per_parameter else 0), index) for i, p in enumerate(params)]
-            names = (own_name(name, group) for name in ("gamma", "retain_weight"))
-            gamma, alpha = (check_weight(name, group[name]) for name in names)
-            rows.gammas += [gamma] * count
-            rows.alphas += [alpha] * count
-        return rows
-
-    @property
-    def params(self) -> list[Tensor]:
-        return [p for p, _, _ in self.members]
-
-    def sums(self, table: Tensor) -> Tensor:
-        """``[members, 3] -> [rows, 3]``: add what belongs to one row, in an order that no number of threads changes."""
-        sizes = [0] * len(self.gammas)
-        for _, row, _ in self.members:
-            sizes[row] += 1
-        if sizes == [1] * len(self.members):
-            return table
-        # In pieces shorter than what torch shares out to several threads.
-        pieces = [torch.split(piece, 4096) for piece in torch.split(table, sizes)]
-        return torch.stack([torch.stack([part.sum(0) for part in parts]).sum(0) for parts in pieces])
-
-    @property
-    def device(self) -> torch.device:
-        """Where a rank computes that has no gradient at all, beside others that have."""
-        return to_local(self.members[0][0]).device if self.members else torch.device("cpu")
-
-    def facts(self, ranks: Ranks, has_forget: Callable[[Tensor], bool], has_retain: Callable[[Tensor], bool]) -> str:
-        """What has to be the same on all ``ranks``, in words, for :meth:`Ranks.sum_`; empty where there is one rank."""
-        if not ranks.are_many:
-            return ""
-        params = self.params
-        weights = f"gamma {sorted(set(self.gammas))}, retain_weight {sorted(set(self.alphas))}"
-        if not ranks.see_the_same_gradients:
-            return f"{len(params)} parameters, {weights}"
-        forget, retain = ([i for i, p in enumerate(params) if has(p)] for has in (has_forget, has_retain))
-        size = sum(p.numel() for p in params)
-        everywhere = len(forget) == len(retain) == len(params)
-        missing = "all of them" if everywhere else f"in the forget phase {forget}, in the retain phase {retain}"
-        return f"{len(params)} parameters of {size} elements, gradients of {missing}; {weights}"
 
 
 @dataclass
@@ -134,61 +98,102 @@ class PairedGradients:
 
     Args:
         facts: what has to be the same on all ranks; empty where there is one.
+        contiguous: every gradient is known to be; False says nothing.
+        may_be_elsewhere: forget gradients may wait on another device than their parameter's.
     """
 
-    pairs: list[Pair]
+    pairs: Pairs
     rows: Rows
     ranks: Ranks
     facts: str = ""
+    contiguous: bool = False
+    may_be_elsewhere: bool = False
 
     @property
     def device(self) -> torch.device:
         """Where the rows' results are computed."""
-        if self.pairs:
-            return self.pairs[0].device
-        return self.rows.device
+        return self.pairs.device if self.pairs else self.rows.device
 
-    def batches(self, group: int | None = None) -> Iterator[tuple[torch.device, float, list[Pair]]]:
-        """The pairs (of one param group) by device and weight, in lists that one kernel call takes.
+    def batches(self) -> Iterator[Pairs]:
+        """The pairs by device and weight, in lists that one kernel call takes.
 
         Forget gradients that wait elsewhere are on the device of their pair for as long as a list is in use.
         """
-        for (device, weight), pairs in self._kinds.items():
-            mine = pairs if group is None else [pair for pair in pairs if pair.group == group]
-            for piece in _pieces(mine):
-                yield device, weight, piece
+        for pairs in self.kinds:
+            yield from _pieces(pairs) if self.may_be_elsewhere else (pairs,)
 
     @cached_property
-    def _kinds(self) -> dict[tuple[torch.device, float], list[Pair]]:
-        kinds: dict[tuple[torch.device, float], list[Pair]] = {}
-        for pair in self.pairs:
-            kinds.setdefault((pair.device, pair.weight), []).append(pair)
-        return kinds
+    def kinds(self) -> list[Pairs]:
+        """The pairs by device and weight in the sum over ranks."""
+        pairs = self.pairs
+        if not pairs:
+            return []
+        if not self.ranks.are_many and len(set(map(Tensor.get_device, pairs.retain))) == 1:
+            return [pairs]
+        kinds: dict[tuple[torch.device, float], list[int]] = {}
+        for i, (param, retain) in enumerate(zip(pairs.params, pairs.retain, strict=True)):
+            kinds.setdefault((retain.device, self.ranks.weight(param)), []).append(i)
+        found = []
+        for (_, weight), indices in kinds.items():
+            mine = pairs.select(indices)
+            mine.weight = weight
+            found.append(mine)
+        return found
 
     @property
     def devices(self) -> set[torch.device]:
-        return {device for device, _ in self._kinds}
+        return {pairs.device for pairs in self.kinds}
+
+    @property
+    def smallest(self) -> Tensor | None:
+        """The smallest parameter that has a gradient."""
+        if len(self.pairs) == len(self.rows.params):
+            return self.rows.smallest
+        return min(self.pairs.params, key=lambda p: p.numel(), default=None)
 
     def clear(self) -> None:
         """Let go of all gradients."""
-        self.pairs.clear()
-        self._kinds.clear()
+        self.pairs = Pairs()
+        self.__dict__.pop("kinds", None)
 
 
-def check_gradients(param_groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse gradients that the kernels cannot take, before anything is done with them.
+def by_group(pairs: Pairs) -> Iterator[tuple[int, int, int]]:
+    """The param groups that have pairs: index, first pair, and the one after the last."""
+    start = 0
+    while start < len(pairs):
+        group = pairs.groups[start]
+        stop = bisect_right(pairs.groups, group, start)
+        yield group, start, stop
+        start = stop
+
+
+class Taken(NamedTuple):
+    """What a phase has left in ``p.grad`` of each parameter of a plan.
+
+    Args:
+        contiguous: every one is there, a plain tensor and contiguous; False says nothing.
+    """
+
+    grads: list[Tensor | None]
+    contiguous: bool
+
+
+def take_gradients(plan: Plan) -> Taken:
+    """Look at what a phase has left in ``p.grad``, once, and refuse what kernels cannot take.
 
     Raises:
         TypeError: a gradient is sparse, or distributed otherwise than its parameter.
     """
-    for group_index, group in enumerate(param_groups):
-        for index, p in enumerate(group["params"]):
-            grad = p.grad
-            if grad is None or (type(grad) is Tensor and grad.layout == torch.strided and not is_dtensor(p)):
-                continue
-            name = f'param_groups[{group_index}]["params"][{index}]'
-            check_dense(grad, name)
-            settle_gradient(p, name)
+    grads = [p.grad for p in plan.params]
+    if set(map(type, grads)) == {Tensor} and not plan.dtensors:
+        found = cast(list[Tensor], grads)
+        if {grad.layout for grad in found} == {torch.strided} and all(map(Tensor.is_contiguous, found)):
+            return Taken(grads, True)
+    for index, (p, grad) in enumerate(zip(plan.params, grads, strict=True)):
+        if grad is not None:
+            check_dense(grad, plan.name(index))
+            settle_gradient(p, plan.name(index))
+    return Taken([p.grad for p in plan.params], False)
 
 
 def check_dense(grad: Tensor, name: str) -> None:
@@ -196,26 +201,61 @@ def check_dense(grad: Tensor, name: str) -> None:
         raise TypeError(f"The gradient of {name} must be dense, got {grad.layout}. Use sparse=False in the embedding.")
 
 
-def pair_gradients(rows: Rows, stash: Stash, ranks: Ranks) -> PairedGradients:
+def pair_gradients(rows: Rows, stash: Stash, ranks: Ranks, taken: Taken | None = None) -> PairedGradients:
     """Take the forget gradients out of ``stash`` and pair them with the retain gradients in ``p.grad``.
 
     Afterwards ``p.grad`` is, for every parameter with a gradient in either phase, the tensor that will hold the update:
     the retain gradient, or the forget gradient where there is no other.
 
+    Args:
+        taken: the retain gradients of the rows' members, where they have been looked at already.
+
     Raises:
         RuntimeError: a retain gradient lies in the memory of a stashed one.
     """
     stash.settle()
-    facts = rows.facts(ranks, lambda p: stash.get(p) is not None, lambda p: p.grad is not None)
-    result = PairedGradients([], rows, ranks, facts)
-    for member, (p, row, group) in enumerate(rows.members):
-        stashed = stash.pop(p)
-        if stashed is None and p.grad is None:
+    waiting = stash.hand_out(rows.params)
+    retain, contiguous = Taken([p.grad for p in rows.params], False) if taken is None else taken
+    facts = rows.facts(ranks, waiting.values, retain)
+    found = _all_present(rows, waiting, retain, contiguous)
+    if found is not None:
+        return PairedGradients(found, rows, ranks, facts, True, stash.may_be_elsewhere)
+    pairs = Pairs()
+    any_scales = False
+    for member, p in enumerate(rows.params):
+        stashed = waiting.stashed(member)
+        if stashed is None and retain[member] is None:
             continue
-        forget, retain = _two_gradients(p, stashed)
-        scales = None if stashed is None or not forget.numel() else stashed.scales
-        result.pairs.append(Pair(p, forget, retain, row, group, scales, ranks.weight(p), member))
-    return result
+        f, r = _two_gradients(p, stashed)
+        scale = None if stashed is None or not f.numel() else stashed.scales
+        any_scales = any_scales or (scale is not None and f.dtype == torch.int8)
+        row = (p, f, r, rows.rows[member], member, rows.groups[member], r if scale is None else scale)
+        for values, value in zip(pairs.lists().values(), row, strict=True):
+            values.append(value)
+    if not any_scales:
+        pairs.scales.clear()
+    return PairedGradients(pairs, rows, ranks, facts, False, stash.may_be_elsewhere)
+
+
+def _all_present(rows: Rows, waiting: Waiting, retain: Sequence[Any], contiguous: bool) -> Pairs | None:
+    """The pairs as they are, where both gradients of all parameters are plain, contiguous and apart; else None."""
+    forget: list[Any] = waiting.values
+    if any_missing(forget) or any_missing(retain):
+        return None
+    if not (contiguous and waiting.contiguous):  # Not known, as for DTensors: their shards may be.
+        forget, retain = to_locals(forget), to_locals(retain)
+        if not (set(map(type, forget)) == set(map(type, retain)) == {Tensor}):
+            return None
+        if not (all(map(Tensor.is_contiguous, retain)) and all(map(Tensor.is_contiguous, forget))):
+            return None
+    if any(dtype.is_complex for dtype in {r.dtype for r in retain}):
+        return None
+    if any(map(eq, map(Tensor.data_ptr, forget), map(Tensor.data_ptr, retain))):
+        for f, r in zip(forget, retain, strict=True):
+            _check_distinct(f, r)
+    quantized = bool(waiting.scales) and any(f.dtype == torch.int8 for f in forget)
+    scales = [r if s is None else s for s, r in zip(waiting.scales, retain, strict=True)] if quantized else []
+    return Pairs(rows.params, forget, list(retain), rows.rows, list(range(len(forget))), rows.groups, scales)
 
 
 def _two_gradients(param: Tensor, stashed: Stashed | None) -> tuple[Tensor, Tensor]:
@@ -237,19 +277,20 @@ def _two_gradients(param: Tensor, stashed: Stashed | None) -> tuple[Tensor, Tens
     return real(forget), retain
 
 
-def _pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
+def _pieces(pairs: Pairs) -> Iterator[Pairs]:
     """The pairs as they are where all forget gradients are at hand, else in pieces that are brought to the device."""
-    if all(pair.forget.is_cpu == pair.retain.is_cpu for pair in pairs):
-        if pairs:
-            yield pairs
+    if all(map(is_, (f.is_cpu for f in pairs.forget), (r.is_cpu for r in pairs.retain))):
+        yield pairs
         return
     bytes_before = 0
     numbers = []
-    for pair in pairs:
+    for forget in pairs.forget:
         numbers.append(bytes_before // PIECE_BYTES)
-        bytes_before += pair.forget.nbytes
-    for _, piece in groupby(zip(numbers, pairs, strict=True), key=lambda item: item[0]):
-        yield [p._replace(forget=p.forget.to(p.device, non_blocking=True)) for _, p in piece]
+        bytes_before += forget.nbytes
+    for _, indices in groupby(range(len(pairs)), key=numbers.__getitem__):
+        piece = pairs.select(list(indices))
+        piece.forget = [f.to(r.device, non_blocking=True) for f, r in zip(piece.forget, piece.retain, strict=True)]
+        yield piece
 
 
 def _check_distinct(forget: Tensor, retain: Tensor) -> None:

@@ -17,8 +17,9 @@ from blur_optim.kernels import BACKENDS, Backend, select_backend
 from blur_optim.optimizer_wrapper import supports_amp_scaling
 from blur_optim.parallel.ranks import to_local
 from blur_optim.step.fused import fits
-from blur_optim.step.gradients import Pair, PairedGradients, Rows
-from blur_optim.step.projection import MetricSums, Projection, block_scales, clipped, filled
+from blur_optim.step.gradients import Pair, PairedGradients
+from blur_optim.step.plan import Rows, filled
+from blur_optim.step.projection import MetricSums, Projection, clipped
 from blur_optim.step.rules import Dots
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import real
@@ -151,10 +152,11 @@ def take_metric_dots(
 
     With ``record_alignment``: of each member.
     """
-    rows = len(gradients.rows.members if settings.record_alignment else gradients.rows.gammas)
+    rows = len(gradients.rows.params if settings.record_alignment else gradients.rows.gammas)
     table = torch.zeros(rows, _COLUMNS, dtype=torch.float64, device=gradients.device)
-    for device, weight, batch in gradients.batches():
-        for kernels, pairs in by_kernels(base, batch, settings.backend):
+    for batch in gradients.batches():
+        device = batch.device
+        for kernels, pairs in by_kernels(base, batch.each(), settings.backend):
             own_rows = [pair.member if settings.record_alignment else pair.row for pair in pairs]
             dots = kernels.multi_tensor_metric_dots(
                 [pair.forget for pair in pairs],
@@ -170,7 +172,7 @@ def take_metric_dots(
             for row, pair in zip(own_rows, pairs, strict=True):
                 counts[row] += max(pair.forget.numel(), pair.retain.numel())
             part = torch.cat([dots, filled(counts, device)[:, None]], dim=1)
-            table += part.to(table.device, non_blocking=True).mul_(weight)
+            table += part.to(table.device, non_blocking=True).mul_(batch.weight)
     return table
 
 
@@ -186,6 +188,13 @@ def by_kernels(base: Optimizer, pairs: Sequence[Pair], backend: str | None) -> I
         kinds.setdefault((fits(pair, state), bool(base.param_groups[pair.group].get("amsgrad"))), []).append(pair)
     for (is_usual, _), mine in kinds.items():
         yield chosen if is_usual else BACKENDS["foreach"], mine
+
+
+def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
+    """The kernels' ``scales``: empty where nothing is int8."""
+    if all(pair.scales is None for pair in pairs):
+        return []
+    return [pair.retain if pair.scales is None else pair.scales for pair in pairs]
 
 
 def moments(base: Optimizer, pairs: Iterable[Pair], name: str) -> list[Tensor]:
@@ -212,9 +221,10 @@ def solve_in_metric(table: Tensor, rows: Rows, settings: Settings, grad_scale: T
     The rule sees the dots in the metric of :math:`\hat g_f = s\,g_f` and :math:`g_r`, with
     :math:`s = 1/\mathrm{rms}(P g_f)` over the coordinates of its scope; its :math:`a` is multiplied with s.
     """
-    gamma, alpha = (filled(values, table.device) for values in (rows.gammas, rows.alphas))
+    gamma, alpha = rows.weights(table.device)
     # The fourth powers only say how P g_f is spread; where they overflow, nothing else need.
-    found_inf = (~torch.cat([table[:, :7], table[:, 8:]], dim=1).isfinite().all()).float()
+    sound = torch.cat([table[:, :7], table[:, 8:]], dim=1).isfinite().all()
+    found_inf = (~(sound & rows.are_sound(table.device))).float()
     if grad_scale is not None:
         scale = torch.as_tensor(grad_scale, dtype=table.dtype, device=table.device).reshape(())
         one, square = torch.ones_like(scale), scale.square()

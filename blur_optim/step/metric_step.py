@@ -25,6 +25,7 @@ from blur_optim.step.fused import has_step_hooks, learning_rate
 from blur_optim.step.gradients import Pair, PairedGradients
 from blur_optim.step.metric import (
     MEAN,
+    block_scales,
     by_kernels,
     check_metric_base,
     check_metric_stash,
@@ -38,7 +39,7 @@ from blur_optim.step.metric import (
     take_metric_dots,
 )
 from blur_optim.step.phases import Phase
-from blur_optim.step.projection import Projection, block_scales
+from blur_optim.step.projection import Projection
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import real
 from blur_optim.step.two_phase import Amp, TwoPhaseStep
@@ -51,10 +52,10 @@ class MetricStep(TwoPhaseStep):
         TypeError, ValueError: the base, or one of its param groups, cannot be stepped in the metric.
     """
 
-    def __init__(self, base: Optimizer, stash: str) -> None:
+    def __init__(self, base: Optimizer, stash: str, backend: str | None = None) -> None:
         check_metric_stash(stash)
         check_metric_base(base)
-        super().__init__(base, stash)
+        super().__init__(base, stash, backend)
         #: The mean of v-hat that damps the next step, 0-d; None where the param groups have to be asked.
         self._mean: Tensor | None = None
         self._looked_at_v = False
@@ -75,7 +76,7 @@ class MetricStep(TwoPhaseStep):
         if mean is None and not self._looked_at_v:
             self._warn_if_v_is_of_the_update()
         self._looked_at_v = True
-        with self._new_state([pair.param for pair in gradients.pairs]):
+        with self._new_state(gradients.pairs.params):
             if mean is None:  # The first step: v-hat of this step itself has to be summed beforehand.
                 table = self._table(gradients, settings, None, grad_scale)
                 mean = mean_of(table, table.new_zeros(()), None)
@@ -141,7 +142,7 @@ class MetricStep(TwoPhaseStep):
             gradients.clear()
             self.step_base(amp)
             return
-        batches = (pairs for _, _, pairs in gradients.batches())
+        batches = (pairs.each() for pairs in gradients.batches())
         self._update(batches, projection.coefficients, projection.found_inf, settings.backend, self._numbers)
         self._keep_mean(projection)
 
@@ -150,8 +151,9 @@ class MetricStep(TwoPhaseStep):
         self._blend(gradients, projection, settings)
 
     def _blend(self, gradients: PairedGradients, projection: Projection, settings: Settings) -> None:
-        for device, _, batch in gradients.batches():
-            for kernels, pairs in by_kernels(self.base, batch, settings.backend):
+        for batch in gradients.batches():
+            device = batch.device
+            for kernels, pairs in by_kernels(self.base, batch.each(), settings.backend):
                 kernels.multi_tensor_metric_blend_(
                     [pair.retain for pair in pairs],
                     [pair.forget for pair in pairs],

@@ -25,7 +25,7 @@ def why_nothing_moves(gradients: PairedGradients, projection: Projection) -> str
             "model, or is everything frozen (an adapter loaded for inference)?"
         )
     norms = projection.dots.forget_norm_sq
-    if any(pair.forget.numel() for pair in gradients.pairs) and norms.is_cpu and not norms.any():
+    if any(map(Tensor.numel, gradients.pairs.forget)) and norms.is_cpu and not norms.any():
         return (
             "BLUR took a step, but the forget gradient is zero everywhere, so there is nothing to forget. Is every "
             "label masked?"

@@ -1,6 +1,5 @@
 """From two sets of gradients to one: dots, coefficients, blend. The numbers of BLUR, without its bookkeeping."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 
 from blur_optim.kernels import select_backend
-from blur_optim.step.gradients import Pair, PairedGradients, Rows
+from blur_optim.step.gradients import PairedGradients
+from blur_optim.step.plan import Rows
 from blur_optim.step.rules import Dots, update_norm_sq
 from blur_optim.step.settings import Settings
 
@@ -80,17 +80,14 @@ def take_dots(gradients: PairedGradients, settings: Settings) -> Tensor:
 
     With ``record_alignment``: of each member.
     """
-    rows = len(gradients.rows.members if settings.record_alignment else gradients.rows.gammas)
+    by_member = settings.record_alignment
+    rows = len(gradients.rows.params if by_member else gradients.rows.gammas)
     table = torch.zeros(rows, 3, dtype=torch.float64, device=gradients.device)
-    for device, weight, pairs in gradients.batches():
-        dots = select_backend(settings.backend, device).multi_tensor_dots(
-            [pair.forget for pair in pairs],
-            [pair.retain for pair in pairs],
-            [pair.member if settings.record_alignment else pair.row for pair in pairs],
-            rows,
-            block_scales(pairs),
-        )
-        table += dots.to(table.device, non_blocking=True).mul_(weight)
+    for pairs in gradients.batches():
+        places = pairs.members if by_member else pairs.rows
+        backend = select_backend(settings.backend, pairs.device)
+        dots = backend.multi_tensor_dots(pairs.forget, pairs.retain, places, rows, pairs.scales)
+        table += dots.to(table.device, non_blocking=True).mul_(pairs.weight)
     return table
 
 
@@ -100,27 +97,16 @@ def blend_(gradients: PairedGradients, coefficients: Tensor, backend: str | None
     Args:
         coefficients: ``[rows, 2]``.
     """
-    for device, _, pairs in gradients.batches():
-        select_backend(backend, device).multi_tensor_blend_(
-            [pair.retain for pair in pairs],
-            [pair.forget for pair in pairs],
-            coefficients.to(device, non_blocking=True),
-            [pair.row for pair in pairs],
-            block_scales(pairs),
-        )
-
-
-def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
-    """The kernels' ``scales``: empty where nothing is int8."""
-    if all(pair.scales is None for pair in pairs):
-        return []
-    return [pair.retain if pair.scales is None else pair.scales for pair in pairs]
+    for pairs in gradients.batches():
+        here = coefficients.to(pairs.device, non_blocking=True)
+        chosen = select_backend(backend, pairs.device)
+        chosen.multi_tensor_blend_(pairs.retain, pairs.forget, here, pairs.rows, pairs.scales)
 
 
 def solve(table: Tensor, rows: Rows, settings: Settings, grad_scale: Tensor | float | None = None) -> Projection:
     """The scalar part: from the dots, as :func:`take_dots` has them, to the coefficients."""
-    gamma, alpha = (filled(values, table.device) for values in (rows.gammas, rows.alphas))
-    found_inf = (~table.isfinite().all()).float()
+    gamma, alpha = rows.weights(table.device)
+    found_inf = (~(table.isfinite().all() & rows.are_sound(table.device))).float()
     if grad_scale is not None:
         table = table / grad_scale / grad_scale
     parameter_dots = Dots(*table.unbind(1)) if settings.record_alignment else None
@@ -144,15 +130,3 @@ def clipped(projection: Projection, max_grad_norm: float | None) -> Projection:
     # The formula of torch.nn.utils.clip_grad_norm_, its 1e-6 included.
     clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     return replace(projection, a=a * clip, b=b * clip, update_norm=norm * clip)
-
-
-def filled(values: list[float], device: torch.device) -> Tensor:
-    """``torch.tensor(values)`` without its host-to-device copy, which would synchronise: runs become fills."""
-    runs: list[tuple[float, int]] = []
-    for value in values:
-        if runs and runs[-1][0] == value:
-            runs[-1] = (value, runs[-1][1] + 1)
-        else:
-            runs.append((value, 1))
-    empty = torch.empty(0, dtype=torch.float64, device=device)
-    return torch.cat([empty, *(empty.new_full((count,), value) for value, count in runs)])

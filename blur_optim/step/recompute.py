@@ -17,7 +17,8 @@ from torch._guards import active_fake_mode
 
 from blur_optim.kernels import select_backend
 from blur_optim.parallel.ranks import Ranks, settle_gradient, to_local
-from blur_optim.step.gradients import PairedGradients, Rows, check_dense, pair_gradients
+from blur_optim.step.gradients import PairedGradients, check_dense, pair_gradients
+from blur_optim.step.plan import Plan, Rows
 from blur_optim.step.projection import Projection, blend_, clipped, solve, take_dots
 from blur_optim.step.rules import Dots
 from blur_optim.step.settings import Settings
@@ -41,6 +42,7 @@ class Recomputed(NamedTuple):
 
 def recompute(
     evaluate: Evaluate,
+    plan: Plan,
     param_groups: Sequence[dict[str, Any]],
     stash: Stash,
     settings: Settings,
@@ -55,7 +57,7 @@ def recompute(
         RuntimeError: the closure is not repeatable, or accumulates under a rule that needs the norm first; or a wrapper
             reduces gradients after backward has accumulated them.
     """
-    params = [p for group in param_groups for p in group["params"]]
+    params = plan.params
     if not ranks.see_the_same_gradients:
         raise RuntimeError(
             "`stash` must not be 'recompute' under FullyShardedDataParallel, whose parameters get their gradients "
@@ -75,8 +77,10 @@ def recompute(
             "their sum, which is never in memory as a whole. Use stash='int8', or one backward pass."
         )
 
-    rows = Rows.of(param_groups, lambda p: ranks.are_many or p in measured.dots, settings.row_per_parameter)
-    facts = rows.facts(ranks, lambda p: stash.get(p) is not None, with_retain.__contains__)
+    takes_part = None if ranks.are_many else [p in measured.dots for p in params]
+    rows = plan.rows(param_groups, takes_part, settings.row_per_parameter)
+    has_retain = [p if p in with_retain else None for p in rows.params]
+    facts = rows.facts(ranks, stash.has(rows.params), has_retain)
     table = ranks.sum_(measured.table(rows, ranks, settings.record_alignment), facts)
     # The norm of a sum is known after the second evaluation.
     projection = solve(table, rows, replace(settings, max_grad_norm=None) if measured.repeated else settings)
@@ -130,9 +134,9 @@ class _Measured:
 
     def table(self, rows: Rows, ranks: Ranks, by_parameter: bool) -> Tensor:
         """``[rows, 3]``, or ``[members, 3]``: this rank's part."""
-        found: list[list[Tensor]] = [[] for _ in (rows.members if by_parameter else rows.gammas)]
+        found: list[list[Tensor]] = [[] for _ in (rows.params if by_parameter else rows.gammas)]
         device = next(iter(self.dots.values())).device if self.dots else rows.device
-        for member, (p, row, _) in enumerate(rows.members):
+        for member, (p, row) in enumerate(zip(rows.params, rows.rows, strict=True)):
             if p in self.dots:
                 found[member if by_parameter else row].append(
                     self.dots[p].to(device, non_blocking=True) * ranks.weight(p)
@@ -164,7 +168,7 @@ def _with_retain_norm(projection: Projection, rows: Rows, summed: Tensor, share:
     r"""Fill in :math:`\|g_r\|^2` of each row, from :math:`\|s g_f + g_r\|^2` and what was known before."""
     if projection.parameter_dots is None:
         return replace(projection, dots=_filled_in(projection.dots, summed, share))
-    shares = torch.cat([share[row : row + 1] for _, row, _ in rows.members])
+    shares = torch.cat([share[row : row + 1] for row in rows.rows])
     by_parameter = _filled_in(projection.parameter_dots, summed, shares)
     dots = Dots(*rows.sums(torch.stack(by_parameter, dim=1)).unbind(1))
     return replace(projection, dots=dots, parameter_dots=by_parameter)

@@ -6,7 +6,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
-from blur_optim.step.gradients import check_weight
+from blur_optim.step.plan import check_weight
 from blur_optim.step.rules import RETAIN_NORM_FREE, RULES, Rule, UserRule, on_unit_gradients, per_row
 
 SCOPES = ("global", "group", "parameter")

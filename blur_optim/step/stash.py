@@ -1,14 +1,18 @@
 """Where the forget gradients wait while the retain gradients are computed."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from blur_optim.kernels.blocks import dequantize, quantize
+from blur_optim.kernels import select_backend
+from blur_optim.kernels.blocks import dequantize, empty_compressed
 from blur_optim.kernels.layout import is_dense
 from blur_optim.parallel.ranks import is_dtensor, like, to_local
+
+#: Bytes of gradients that are compressed at a time; then they are dropped.
+PIECE_BYTES = 1 << 26
 
 
 class Stashed(NamedTuple):
@@ -36,6 +40,27 @@ class Stashed(NamedTuple):
         return like(torch.view_as_complex(values) if self.dtype.is_complex else values, param)
 
 
+class Waiting(NamedTuple):
+    """Forget gradients that are handed out, in the order of the parameters that were asked for; None: there is none.
+
+    Args:
+        values, scales, dtypes: see :class:`Stashed`; the last two are empty where every gradient is as it was.
+        contiguous: every gradient is there, a plain tensor and contiguous; False says nothing.
+    """
+
+    values: list[Tensor | None]
+    scales: list[Tensor | None]
+    dtypes: list[torch.dtype | None]
+    contiguous: bool = False
+
+    def stashed(self, place: int) -> Stashed | None:
+        values = self.values[place] if self.values else None
+        if values is None:
+            return None
+        dtype = self.dtypes[place] if self.dtypes else None
+        return Stashed(values, self.scales[place] if self.scales else None, dtype or values.dtype)
+
+
 class Stash:
     """Keep the forget gradients by reference: the tensors move out of ``p.grad``, nothing is copied.
 
@@ -46,63 +71,145 @@ class Stash:
     Cost: one gradient set.
     """
 
-    def __init__(self) -> None:
-        self._waiting: dict[Tensor, Stashed] = {}
+    #: Whether they may be on another device than their parameters.
+    may_be_elsewhere = False
+    #: Bytes of gradients that are kept at a time, and dropped before the next; None: all are kept at once.
+    piece_bytes: int | None = None
 
-    def take(self, params: Iterable[Tensor]) -> None:
-        """Move the gradient of each of ``params`` here and leave ``p.grad = None``, one after another."""
+    def __init__(self, backend: str | None = None) -> None:
+        self.backend = backend
+        self._params: Sequence[Tensor] = ()
+        self._places: dict[int, int] = {}
+        self._waiting = Waiting([], [], [])
+
+    def take(
+        self, params: Sequence[Tensor], grads: list[Tensor | None] | None = None, contiguous: bool = False
+    ) -> None:
+        """Move the gradient of each of ``params`` here and leave ``p.grad = None``.
+
+        Args:
+            grads: the gradients, where they have been looked up already. The list is this stash's from here on.
+            contiguous: see :class:`Waiting`.
+        """
+        grads = [p.grad for p in params] if grads is None else grads
         for p in params:
-            if p.grad is not None:
-                self._waiting[p] = self._keep(p, p.grad)
-                p.grad = None
+            p.grad = None
+        self.clear()
+        self._params, self._waiting = params, Waiting(grads, [], [], contiguous)
+        for piece in self._pieces(grads):
+            self.keep(params, piece)
 
     def settle(self) -> None:
         """Let what is read from here on wait for copies that are under way; the host does not."""
 
     def get(self, param: Tensor) -> Stashed | None:
         """The gradient of ``param``, or None where the forget phase left none."""
-        return self._waiting.get(param)
+        if not self._places:
+            self._places = {id(p): i for i, p in enumerate(self._params)}
+        place = self._places.get(id(param))
+        return None if place is None else self._waiting.stashed(place)
 
-    def pop(self, param: Tensor) -> Stashed | None:
-        """Hand out the gradient of ``param``, which is then no longer here."""
-        return self._waiting.pop(param, None)
+    def hand_out(self, params: Sequence[Tensor]) -> Waiting:
+        """Hand out the gradients of ``params``; none is here any longer. Empty lists where nothing has been."""
+        if params is self._params or not self._params:
+            handed = self._waiting
+        else:  # Groups were added since, or only some take part.
+            found = [self.get(p) for p in params]
+            handed = Waiting(
+                [None if s is None else s.values for s in found],
+                [None if s is None else s.scales for s in found],
+                [None if s is None else s.dtype for s in found],
+            )
+        self.clear()
+        return handed
+
+    def has(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """What waits for each of ``params``, in a list that is not to be changed; it counts what is None."""
+        if params is self._params:
+            return self._waiting.values
+        return [None if (stashed := self.get(p)) is None else stashed.values for p in params]
 
     def clear(self) -> None:
-        self._waiting.clear()
+        self._params, self._places, self._waiting = (), {}, Waiting([], [], [])
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(values is not None for values in self._waiting.values)
 
-    def _keep(self, param: Tensor, grad: Tensor) -> Stashed:
-        # FSDP2 hands out views of one buffer for a whole group, and keeps none.
-        shared = not is_dtensor(grad) and _shares_storage(grad)
-        return Stashed(grad.clone() if shared else grad, None, grad.dtype)
+    def keep(self, params: Sequence[Tensor], places: Sequence[int]) -> None:
+        """Replace the gradients at ``places`` of ``self._waiting`` by what is kept of them."""
+        values = self._waiting.values
+        for i in _windows(values, places):
+            values[i] = values[i].clone()  # type: ignore[union-attr]
+
+    def _pieces(self, grads: Sequence[Tensor | None]) -> Iterator[Sequence[int]]:
+        """The places of gradients, ``piece_bytes`` at a time."""
+        if self.piece_bytes is None:
+            yield range(len(grads))
+            return
+        piece: list[int] = []
+        size = 0
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            nbytes = to_local(grad).nbytes
+            if piece and size + nbytes > self.piece_bytes:
+                yield piece
+                piece, size = [], 0
+            piece.append(i)
+            size += nbytes
+        if piece:
+            yield piece
 
 
-class BFloat16Stash(Stash):
+class CompressedStash(Stash):
+    """What compresses gradients: in pieces, so that a gradient set and its compressed copy are never both there."""
+
+    piece_bytes = PIECE_BYTES
+
+    def _compress(self, places: Sequence[int], dtype: torch.dtype) -> None:
+        """Replace the gradients at ``places`` by what one operation over those of each device makes of them."""
+        values, scales, dtypes, _ = self._waiting
+        if not dtypes:
+            scales.extend([None] * len(values))
+            dtypes.extend([None] * len(values))
+        by_device: dict[torch.device, list[int]] = {}
+        for i in places:
+            grad = cast(Tensor, values[i])
+            local = real(to_local(grad))
+            dtypes[i] = grad.dtype
+            values[i] = local if is_dense(local) else local.contiguous()
+            by_device.setdefault(local.device, []).append(i)
+        for device, mine in by_device.items():
+            grads = [cast(Tensor, values[i]) for i in mine]
+            compressed, blocks = empty_compressed(grads, dtype)
+            select_backend(self.backend, device).multi_tensor_compress_(compressed, blocks, grads)
+            for place, i in enumerate(mine):
+                values[i], scales[i] = compressed[place], blocks[place] if blocks else None
+
+
+class BFloat16Stash(CompressedStash):
     """Keep float32 and float64 gradients in bfloat16, others by reference.
 
     The coefficients are those of the rounded gradient, and the update projects on it: an error of 2^-9 of an element at
     most. Cost: half a set of float32 gradients.
     """
 
-    def _keep(self, param: Tensor, grad: Tensor) -> Stashed:
-        if grad.dtype.itemsize <= 2:
-            return super()._keep(param, grad)
-        return Stashed(real(to_local(grad)).to(torch.bfloat16), None, grad.dtype)
+    def keep(self, params: Sequence[Tensor], places: Sequence[int]) -> None:
+        wide = [i for i in places if cast(Tensor, self._waiting.values[i]).dtype.itemsize > 2]
+        narrow = [i for i in places if cast(Tensor, self._waiting.values[i]).dtype.itemsize <= 2]
+        super().keep(params, narrow)
+        self._compress(wide, torch.bfloat16)
 
 
-class Int8Stash(Stash):
+class Int8Stash(CompressedStash):
     """Keep gradients as integers of 8 bits with a scale for each block of 256.
 
     The error of an element is at most 1/254 of the largest in its block. Cost: a quarter of a set of float32
     gradients, half a set of bfloat16 gradients.
     """
 
-    def _keep(self, param: Tensor, grad: Tensor) -> Stashed:
-        local = real(to_local(grad))
-        values, scales = quantize(local if is_dense(local) else local.contiguous())
-        return Stashed(values, scales, grad.dtype)
+    def keep(self, params: Sequence[Tensor], places: Sequence[int]) -> None:
+        self._compress(places, torch.int8)
 
 
 class HostStash(Stash):
@@ -112,29 +219,39 @@ class HostStash(Stash):
     gradients of parameters on the CPU are kept by reference. Cost: nothing on the device.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    may_be_elsewhere = True
+
+    def __init__(self, backend: str | None = None) -> None:
+        super().__init__(backend)
         self._buffers: dict[Tensor, Tensor] = {}
         self._streams: dict[torch.device, torch.Stream] = {}
-
-    def _keep(self, param: Tensor, grad: Tensor) -> Stashed:
-        local = to_local(grad)
-        if local.device.type == "cpu":
-            return super()._keep(param, grad)
-        buffer = self._buffers.get(param)
-        if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
-            buffer = torch.empty_like(local, device="cpu", pin_memory=True)
-            self._buffers[param] = buffer
-        stream = self._streams.setdefault(local.device, torch.Stream(local.device))
-        stream.wait_stream(torch.accelerator.current_stream(local.device))
-        with stream:
-            buffer.copy_(local, non_blocking=True)
-        local.record_stream(stream)
-        return Stashed(buffer, None, grad.dtype)
 
     def settle(self) -> None:
         for device, stream in self._streams.items():
             torch.accelerator.current_stream(device).wait_stream(stream)
+
+    def keep(self, params: Sequence[Tensor], places: Sequence[int]) -> None:
+        values = self._waiting.values
+        on_host = []
+        for i in places:
+            local = None if (grad := values[i]) is None else to_local(grad)
+            if local is None or local.device.type == "cpu":
+                on_host.append(i)
+            else:
+                values[i] = self._copy(params[i], local)
+        super().keep(params, on_host)
+
+    def _copy(self, param: Tensor, grad: Tensor) -> Tensor:
+        buffer = self._buffers.get(param)
+        if buffer is None or buffer.shape != grad.shape or buffer.dtype != grad.dtype:
+            buffer = torch.empty_like(grad, device="cpu", pin_memory=True)
+            self._buffers[param] = buffer
+        stream = self._streams.setdefault(grad.device, torch.Stream(grad.device))
+        stream.wait_stream(torch.accelerator.current_stream(grad.device))
+        with stream:
+            buffer.copy_(grad, non_blocking=True)
+        grad.record_stream(stream)
+        return buffer
 
 
 def real(grad: Tensor) -> Tensor:
@@ -142,8 +259,11 @@ def real(grad: Tensor) -> Tensor:
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
-def _shares_storage(grad: Tensor) -> bool:
-    return grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+def _windows(grads: Sequence[Tensor | None], places: Sequence[int]) -> list[int]:
+    """Those of ``places`` whose gradient is a window into a larger buffer."""
+    # FSDP2 hands out views of one buffer for a whole group, and keeps none.
+    present = [(i, g) for i in places if (g := grads[i]) is not None]
+    return [i for i, g in present if (g._is_view() or g.untyped_storage().nbytes() > g.nbytes) and not is_dtensor(g)]
 
 
 #: The stashes by the name that ``BLUR(stash=...)`` takes. What recompute adds to the first is in its own module.

@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 
 from blur_optim.parallel.ranks import Ranks
 from blur_optim.parallel.wrappers import Wrappers
-from blur_optim.step.base import step_base
-from blur_optim.step.fused import fused_step, why_not_fused
-from blur_optim.step.gradients import PairedGradients, Rows, check_gradients, pair_gradients
+from blur_optim.step.base import check_differentiable, step_base
+from blur_optim.step.capture import check_capture, is_capturing
+from blur_optim.step.fused import FusedStep
+from blur_optim.step.gradients import PairedGradients, pair_gradients, take_gradients
 from blur_optim.step.nothing import unreached, why_nothing_moves
 from blur_optim.step.phases import Phase, Phases
+from blur_optim.step.plan import Plan, any_missing
 from blur_optim.step.projection import Projection, blend_, project
 from blur_optim.step.recompute import recompute
 from blur_optim.step.settings import Settings
@@ -41,6 +43,7 @@ class TwoPhaseStep:
     Args:
         base: the optimizer that takes the update.
         stash: a key of :data:`blur_optim.step.stash.STASHES`.
+        backend: of the kernels that compress what waits there.
         ranks: over which the dots are summed.
         wrappers: asked when a phase begins and ends.
 
@@ -54,12 +57,18 @@ class TwoPhaseStep:
     _zeros: list[tuple[Tensor, int]]
 
     def __init__(
-        self, base: Optimizer, stash: str, ranks: Ranks | None = None, wrappers: Wrappers | None = None
+        self,
+        base: Optimizer,
+        stash: str,
+        backend: str | None = None,
+        ranks: Ranks | None = None,
+        wrappers: Wrappers | None = None,
     ) -> None:
         self.base, self.two_evaluations = base, stash == "recompute"
-        self.phases, self.stash = Phases(), STASHES[stash]()
+        self.phases, self.stash, self.fused = Phases(), STASHES[stash](backend), FusedStep(base)
         self.ranks = Ranks() if ranks is None else ranks
         self.wrappers = Wrappers() if wrappers is None else wrappers
+        self._plan: Plan | None = None
         self.last: Projection | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
         self._warned = self._said_nothing = False
@@ -73,10 +82,10 @@ class TwoPhaseStep:
         with self.abandoning_on_error():
             self.phases.check_closures(self.has_gradients())
             _check_no_scaler(amp)
-        with self.forget_phase():
+            self._begin_forget(False, settings, by_phases=False)
             forget_loss = self._evaluate(forget, "forget", self.has_gradients)
-        with self.abandoning_on_error():
-            self.begin_retain()
+            self._end_forget()
+            self.begin_retain(has_gradients=False)
             if self.two_evaluations:
                 retain_loss, gradients, projection = self._recompute(retain, settings)
             else:
@@ -90,8 +99,8 @@ class TwoPhaseStep:
 
     def apply(self, gradients: PairedGradients, projection: Projection, settings: Settings, amp: Amp) -> None:
         """Take the base's step on the projected update: in one pass where the base is known, else by way of p.grad."""
-        if not why_not_fused(self.base, gradients, settings.backend):
-            fused_step(self.base, gradients, projection, settings.backend)
+        if not self.fused.why_not(gradients, settings.backend):
+            self.fused.step(gradients, projection, settings.backend)
             return
         blend_(gradients, projection.coefficients, settings.backend)
         gradients.clear()  # The forget gradients: the base's step must not find them in memory.
@@ -100,25 +109,52 @@ class TwoPhaseStep:
     # -- By phases ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def forget_phase(self) -> Iterator[None]:
+    def forget_phase(self, settings: Settings) -> Iterator[None]:
         """The forget gradients are computed within, and wait in the stash afterwards."""
         self._drop_zeros()
         with self.abandoning_on_error():
-            self.phases.begin_forget(self.has_gradients())
-            self.wrappers.begin(self.params())
+            self._begin_forget(self.has_gradients(), settings, by_phases=True)
             yield
-            self.phases.end_forget()
-            self.wrappers.end(self.params(), "forget")
-            check_gradients(self.groups())
-            self.stash.take(self.params())
+            self._end_forget()
 
-    def begin_retain(self) -> None:
-        self.phases.begin_retain(self.has_gradients())
-        self.wrappers.begin(self.params())
+    def _begin_forget(self, has_gradients: bool, settings: Settings, by_phases: bool) -> None:
+        self.phases.begin_forget(has_gradients)
+        check_differentiable(self.base.param_groups)
+        if is_capturing():
+            check_capture(self.base, self.plan.params, self.stash, settings, by_phases, self.two_evaluations)
+        self.wrappers.begin(self.plan.params)
+
+    def _end_forget(self) -> None:
+        self.phases.end_forget()
+        plan = self.plan
+        self.wrappers.end(plan.params, plan.dtensors, "forget")
+        plan = self.plan  # An engine may know only now what it has gradients of.
+        self.stash.take(plan.params, *take_gradients(plan))
+
+    def begin_retain(self, has_gradients: bool | None = None) -> None:
+        self.phases.begin_retain(self.has_gradients() if has_gradients is None else has_gradients)
+        self.wrappers.begin(self.plan.params)
 
     def end_retain(self) -> None:
         self.phases.end_retain()
-        self.wrappers.end(self.params(), "retain")
+        plan = self.plan
+        self.wrappers.end(plan.params, plan.dtensors, "retain")
+
+    @contextmanager
+    def retain_phase(
+        self, settings: Callable[[], Settings], grad_scale: GradScaler | Tensor | float | None
+    ) -> Iterator[None]:
+        """The retain gradients are computed within; afterwards ``p.grad`` holds the update.
+
+        Args:
+            settings: asked when the phase ends.
+        """
+        with self.abandoning_on_error():
+            self.begin_retain()
+            yield
+            self.end_retain()
+            with torch.no_grad():
+                self.write_update(settings(), grad_scale)
 
     def write_update(self, settings: Settings, grad_scale: GradScaler | Tensor | float | None) -> None:
         """Leave the update in ``p.grad``."""
@@ -139,15 +175,18 @@ class TwoPhaseStep:
         self, settings: Settings, grad_scale: GradScaler | Tensor | float | None
     ) -> tuple[PairedGradients, Projection]:
         """Take the coefficients from the gradients of both phases; what is left is to apply them."""
-        check_gradients(self.groups())
-        self.ranks.update(self.params())
+        plan = self.plan
+        taken = take_gradients(plan)
+        self.ranks.update(plan.params, plan.dtensors)
+        takes_part = None
         # Every rank needs the same rows, also where a parameter has no gradient on this one.
-        rows = Rows.of(
-            self.groups(),
-            lambda p: self.ranks.are_many or p.grad is not None or self.stash.get(p) is not None,
-            settings.row_per_parameter,
-        )
-        gradients = pair_gradients(rows, self.stash, self.ranks)
+        if any_missing(taken.grads) and not self.ranks.are_many:
+            waiting = self.stash.has(plan.params)
+            parts = [f is not None or r is not None for f, r in zip(waiting, taken.grads, strict=True)]
+            takes_part = None if all(parts) else parts
+        rows = plan.rows(self.groups(), takes_part, settings.row_per_parameter)
+        gradients = pair_gradients(rows, self.stash, self.ranks, taken if takes_part is None else None)
+        del taken  # For gradients.clear() to be the end of them.
         if isinstance(grad_scale, GradScaler):
             # The scale as a device tensor: get_scale() would read it on the host.
             grad_scale = grad_scale.scale(torch.ones((), device=gradients.device))
@@ -161,9 +200,11 @@ class TwoPhaseStep:
         return project(gradients, settings, grad_scale)
 
     def _recompute(self, retain: Closure, settings: Settings) -> tuple[Any, PairedGradients, Projection]:
-        self.ranks.update(self.params())
+        plan = self.plan
+        self.ranks.update(plan.params, plan.dtensors)
         loss, gradients, projection, applied = recompute(
             lambda has_gradients: self._evaluate(retain, "retain", has_gradients),
+            plan,
             self.groups(),
             self.stash,
             settings,
@@ -176,9 +217,11 @@ class TwoPhaseStep:
     def _record(self, gradients: PairedGradients, projection: Projection) -> None:
         self._warn_if_nothing(gradients, projection)
         self.last, self._found_inf = projection, projection.found_inf
-        self.skipped = self._found_inf.long() + self.skipped.to(self._found_inf.device)
+        if self.skipped.device != self._found_inf.device:
+            self.skipped = self.skipped.to(self._found_inf.device)
+        self.skipped += self._found_inf.long()
         # The smallest, for it is kept alive.
-        smallest = min((pair.param for pair in gradients.pairs), key=lambda p: p.numel(), default=None)
+        smallest = gradients.smallest
         self._witness = None if smallest is None else (smallest, smallest.grad)
 
     def step_base(self, amp: Amp) -> None:
@@ -201,21 +244,30 @@ class TwoPhaseStep:
         """The param groups: in each, parameters with the gradients that are combined, and their weights."""
         return self.base.param_groups
 
-    def params(self) -> Sequence[Tensor]:
-        """All parameters, read anew each time: accelerate replaces the lists in the groups."""
-        return [p for group in self.groups() for p in group["params"]]
+    @property
+    def plan(self) -> Plan:
+        """The parameters as they are now."""
+        groups = self.groups()
+        if self._plan is None or not self._plan.holds(groups):
+            self._plan = Plan(groups)
+        return self._plan
+
+    def params(self) -> list[Tensor]:
+        """All parameters as they are now."""
+        return self.plan.params
 
     def has_gradients(self) -> bool:
-        params = self.params()
-        return any(p.grad is not None for p in params) or self.wrappers.holds_back(params)
+        plan = self.plan
+        return any(p.grad is not None for p in plan.params) or self.wrappers.holds_back(plan.dtensors)
 
     def reset(self) -> None:
         """After zero_grad(): a step that was under way is dropped, unless a phase is open."""
         if self.phases.is_open:
             return
-        self.wrappers.drop(self.params())
+        plan = self.plan
+        self.wrappers.drop(plan.dtensors)
         self.end()
-        self._zeros = [(p.grad, p.grad._version) for p in self.params() if p.grad is not None]
+        self._zeros = [(grad, grad._version) for p in plan.params if (grad := p.grad) is not None]
 
     def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         """After the state dict with these groups was loaded."""
@@ -231,10 +283,10 @@ class TwoPhaseStep:
 
     def discard(self) -> None:
         """Drop every gradient, stashed or not, and with them the step."""
-        params = self.params()
-        for p in params:
+        plan = self.plan
+        for p in plan.params:
             p.grad = None
-        self.wrappers.drop(params)
+        self.wrappers.drop(plan.dtensors)
         self.end()
 
     def end(self) -> None:
@@ -256,12 +308,13 @@ class TwoPhaseStep:
     def _evaluate(self, closure: Closure, name: str, has_gradients: Callable[[], bool]) -> Any:
         with torch.enable_grad():
             loss = closure()
-            missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.params())
+            missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.plan.dtensors)
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-                params = self.params()
-                self.ranks.update(params)
-                if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(params)):
+                params, sharded = self.params(), self.plan.dtensors
+                self.ranks.update(params, sharded)
+                # With many ranks, others may have the parameters that this loss depends on.
+                if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(sharded)):
                     raise unreached(name, params)
                 missing = False
         if not missing:
@@ -283,7 +336,7 @@ class TwoPhaseStep:
     def _drop_zeros(self) -> None:
         """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""
         zeros = {id(grad) for grad, version in self._zeros if grad._version == version}
-        for p in self.params() if zeros else ():
+        for p in self.plan.params if zeros else ():
             if id(p.grad) in zeros:
                 p.grad = None
         self._zeros = []

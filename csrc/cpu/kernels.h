@@ -24,6 +24,8 @@ struct Kernels {
   // without.
   void (*sgd)(Dtype param, void* p, void* momentum_buffer, void* v, const Pair&, double a, double b, const SgdOptions&,
               const Metric*);
+  // Compress a gradient: to Int8 with a scale for each block, or to BFloat16 where scales is null.
+  void (*compress)(Dtype, const void* grad, int64_t numel, void* values, float* scales);
 };
 
 extern const Kernels kGeneric;

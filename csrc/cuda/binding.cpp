@@ -212,6 +212,16 @@ void sgd(const char* name, const Tensors& params, Tensors momentum_buffers, cons
 
 }  // namespace
 
+void multi_tensor_compress_cuda(Tensors values, Tensors scales, Tensors grads) {
+  if (grads.empty()) return;
+  const OnDevice device(grads[0]);
+  for (const auto& [tensors, name] : {std::pair(&values, "values"), std::pair(&scales, "scales"), std::pair(&grads, "grads")})
+    check_device(*tensors, grads[0], name);
+  const std::vector<Pair> pairs = make_compressed(values, scales, grads);
+  check_launch(cuda::blur_optim_cuda_compress(pairs.data(), int64_t(pairs.size()), device.stream()),
+               "multi_tensor_compress_");
+}
+
 void fused_adamw_cuda(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs, Tensors forget,
                       Tensors retain, std::vector<int64_t> rows, Tensor coefficients, Tensor steps, Tensor lr, double beta1,
                       double beta2, double weight_decay, double eps, bool amsgrad, bool maximize, bool decoupled,
@@ -249,6 +259,7 @@ void metric_sgd_cuda(Tensors params, Tensors momentum_buffers, Tensors exp_avg_s
 STABLE_TORCH_LIBRARY_IMPL(blur_optim, CUDA, m) {
   m.impl("multi_tensor_dots", TORCH_BOX(&blur_optim::multi_tensor_dots_cuda));
   m.impl("multi_tensor_blend_", TORCH_BOX(&blur_optim::multi_tensor_blend_cuda));
+  m.impl("multi_tensor_compress_", TORCH_BOX(&blur_optim::multi_tensor_compress_cuda));
   m.impl("fused_adamw_", TORCH_BOX(&blur_optim::fused_adamw_cuda));
   m.impl("fused_sgd_", TORCH_BOX(&blur_optim::fused_sgd_cuda));
   m.impl("multi_tensor_metric_dots", TORCH_BOX(&blur_optim::multi_tensor_metric_dots_cuda));

@@ -241,7 +241,7 @@ struct MetricConstants {
     const double* const row = metric + kMetricNumbers * tensor;
     beta2 = C(row[0]), rest2 = C(row[1]), inverse_correction = C(row[2]), damping = C(row[3]), eps = C(row[4]);
   }
-  __device__ C moment(C v, C r) const { return beta2 * v + rest2 * r * r; }
+  __device__ C moment(C v, C r) const { return beta2 * v + rest2 * (r * r); }
   __device__ C denominator(C corrected) const { return sqrt(corrected + damping) + eps; }
 };
 

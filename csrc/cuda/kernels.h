@@ -52,6 +52,9 @@ int blur_optim_cuda_dots(const Pair* pairs, int64_t count, int64_t num_rows, dou
 // r <- a f + b r; into f where r is absent.
 int blur_optim_cuda_blend(const Pair* pairs, int64_t count, const double* coefficients, void* stream);
 
+// Compress the retain gradient of each pair into its forget gradient: Int8 with scales, which are written, or BFloat16.
+int blur_optim_cuda_compress(const Pair* pairs, int64_t count, void* stream);
+
 int64_t blur_optim_cuda_metric_dots_workspace(const MetricTensors* tensors, int64_t count);
 
 // out = [num_rows, kMetricDots]. The rows of the pairs must ascend; `order` is each one's row of the metric.

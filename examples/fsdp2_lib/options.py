@@ -26,6 +26,7 @@ examples:
 DTYPES = ("float32", "bfloat16", "float16")
 FORGET_LOSSES = ("npo", "ga", "simnpo")
 RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
+METRICS = ("euclidean", "retain")
 STASHES = ("reference", "bfloat16", "int8", "cpu", "recompute")
 
 
@@ -124,6 +125,15 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument("--retain-weight", type=positive, default=1.0, metavar="X", help="(default: 1)")
     group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
+    group.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="euclidean",
+        help="retain weighs each coordinate by what the retain loss makes of it; docs/method.md (default: euclidean)",
+    )
+    group.add_argument(
+        "--damping", type=not_negative, default=0.01, metavar="X", help="of the retain metric (default: 0.01)"
+    )
     group.add_argument(
         "--stash",
         choices=STASHES,

@@ -26,6 +26,7 @@ examples:
 METHODS = ("npo", "simnpo", "ga", "dpo")
 RETAIN_LOSSES = ("nll", "kl")
 RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
+METRICS = ("euclidean", "retain")
 SCOPES = ("global", "group", "parameter")
 STASHES = ("reference", "bfloat16", "int8", "cpu")
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -130,6 +131,15 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--beta", type=positive, metavar="X", help="inverse temperature (default: 0.1; simnpo 2.5; ga has none)"
     )
     group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
+    group.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="euclidean",
+        help="retain weighs each coordinate by what the retain loss makes of it; docs/method.md (default: euclidean)",
+    )
+    group.add_argument(
+        "--damping", type=not_negative, default=0.01, metavar="X", help="of the retain metric (default: 0.01)"
+    )
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument("--retain-weight", type=positive, default=1.0, metavar="X", help="(default: 1)")
     group.add_argument("--normalize", action="store_true", help="apply the rule to gradients of length 1")

@@ -56,7 +56,7 @@ def make_arguments(options: argparse.Namespace, folder: Path) -> BLURTrainingArg
 
 
 def _method(options: argparse.Namespace) -> dict[str, Any]:
-    same = ("retain_loss", "beta", "gamma", "retain_weight", "rule", "normalize", "scope", "stash")
+    same = ("retain_loss", "beta", "gamma", "retain_weight", "rule", "normalize", "scope", "stash", "metric", "damping")
     return {"forget_loss": options.method, "epoch_over": "forget", **{name: getattr(options, name) for name in same}}
 
 

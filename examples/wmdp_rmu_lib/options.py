@@ -29,6 +29,7 @@ example:
 
 DTYPES = ("float32", "bfloat16")
 RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
+METRICS = ("euclidean", "retain")
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -182,6 +183,15 @@ def _add_rmu(parser: argparse.ArgumentParser) -> None:
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("BLUR over AdamW; g_f and g_r are the gradients of the two losses")
     group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
+    group.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="euclidean",
+        help="retain weighs each coordinate by what the retain loss makes of it; docs/method.md (default: euclidean)",
+    )
+    group.add_argument(
+        "--damping", type=not_negative, default=0.01, metavar="X", help="of the retain metric (default: 0.01)"
+    )
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument(
         "--retain-weight",

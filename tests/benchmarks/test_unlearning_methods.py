@@ -276,9 +276,11 @@ def test_rules_of_torchjd_leave_what_is_not_finite_to_the_optimizer(rule: Callab
     ("forget_loss", "scale"), [("ga", 1.0), ("simnpo", 1.0), ("hinge", 1.0), ("npo", 0.1), ("dpo", 0.1)]
 )
 def test_losses_that_are_sums_over_tokens_get_smaller_weights(forget_loss: str, scale: float) -> None:
-    assert {weight_scale(Method(forget_loss, "nll", combine)) for combine in ("blur", "weighted_sum")} == {scale}
+    assert {weight_scale(Method(forget_loss, "nll", combine), 3.0) for combine in ("blur", "weighted_sum")} == {scale}
 
 
 @pytest.mark.parametrize("combine", ["normalized", "blur-normalized", "conflict-normalized"])
 def test_what_sees_unit_gradients_has_one_scale_for_all_losses(combine: str) -> None:
-    assert len({weight_scale(Method(name, "nll", combine)) for name in ("ga", "npo", "simnpo", "dpo", "hinge")}) == 1
+    assert (
+        len({weight_scale(Method(name, "nll", combine), 3.0) for name in ("ga", "npo", "simnpo", "dpo", "hinge")}) == 1
+    )

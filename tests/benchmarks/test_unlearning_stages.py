@@ -201,9 +201,9 @@ def test_full_scores_can_be_of_some_seeds_alone() -> None:
 
 
 def test_weights_are_round_numbers_around_the_method_s_scale() -> None:
-    assert weights_of("npo+nll/blur", (3.0, 1.0, 0.3)) == [0.3, 0.1, 0.03]
-    assert weights_of(BLUR, (3.0, 1.0, 0.3)) == [3.0, 1.0, 0.3]
-    assert weights_of(GA, (3.0, 1.0, 0.3)) == [1.0]
+    assert weights_of("npo+nll/blur", (3.0, 1.0, 0.3), 3.0) == [0.3, 0.1, 0.03]
+    assert weights_of(BLUR, (3.0, 1.0, 0.3), 3.0) == [3.0, 1.0, 0.3]
+    assert weights_of(GA, (3.0, 1.0, 0.3), 3.0) == [1.0]
 
 
 # -- A whole run, with workers that only write files -----------------------------------------------------------------

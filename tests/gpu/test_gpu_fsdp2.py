@@ -55,4 +55,4 @@ def test_a_sharded_step_is_that_of_one_process(backend: str, stash: str, device:
             opt.step(lambda: -model(x[0]).square().mean(), lambda: model(x[1]).sin().mean())  # noqa: B023
         params = [p.detach() for p in model.parameters()]
         found.append([p.full_tensor() if hasattr(p, "full_tensor") else p for p in params])
-    assert_params_close(*found, rtol=1e-6, atol=1e-7)
+    assert_params_close(found[0], found[1], rtol=1e-6, atol=1e-7)

@@ -80,9 +80,9 @@ def test_a_step_is_that_of_torch_in_float64(
     before = [p.detach().clone() for p in exact]
     optimizer.step()
     apply(backend, base, options, params, state, forget, retain, scales)
-    for i, (p, e) in enumerate(zip(params, exact, strict=True)):
+    for i, (actual, e) in enumerate(zip(params, exact, strict=True)):
         step = (e.detach() - before[i]).abs().max()
-        assert ((p.double() - e.detach()).abs() <= TOLERANCE[param] * (before[i].abs() + 4 * step)).all(), i
+        assert ((actual.double() - e.detach()).abs() <= TOLERANCE[param] * (before[i].abs() + 4 * step)).all(), i
         for name, values in state.items():
             expected = optimizer.state[exact[i]][name]
             scale = expected.abs() + expected.abs().mean()

@@ -14,8 +14,9 @@ def tiny_llama(seed=0, **config):
     return LlamaForCausalLM(LlamaConfig(**{**shape, **config}))
 
 
-def tiny_lora(seed=0):
-    """The same with a LoRA adapter that is not zero, so that all of it has a gradient from the first step."""
+def tiny_lora(seed=0, fresh=False):
+    """The same with a LoRA adapter that is not zero, so that all of it has a gradient from the first step; a fresh one
+    is, and the model with it still that without it."""
     from peft import LoraConfig, get_peft_model
 
     model = tiny_llama(seed)
@@ -26,7 +27,7 @@ def tiny_lora(seed=0):
     adapted = get_peft_model(model, config)
     with torch.no_grad():  # B starts at zero, which would make the gradient of A zero too.
         for name, p in adapted.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and not fresh:
                 p.normal_(std=0.02)
     return adapted
 

@@ -36,7 +36,7 @@ def let_fsdp_run_on_a_cpu():
     os.environ["FSDP_VERSION"] = "2"  # transformers 4.57 takes it from accelerate's launcher alone.
 
 
-def make_trainer(folder, model, reference=None, **options):
+def make_trainer(folder, model, **options):
     args = BLURTrainingArguments(
         str(folder),
         per_device_train_batch_size=2,
@@ -52,8 +52,7 @@ def make_trainer(folder, model, reference=None, **options):
         disable_tqdm=True,
         **{"save_strategy": "no", **options},
     )
-    data = {"forget_dataset": rows(5, 1), "retain_dataset": rows(16, 2)}
-    return BLURTrainer(model, args, collate, **data, reference=reference)
+    return BLURTrainer(model, args, collate, forget_dataset=rows(5, 1), retain_dataset=rows(16, 2))
 
 
 def accelerate_block(accumulate=2):
@@ -97,8 +96,7 @@ def main(folder, way):
         assert again.reference_log_probs.computed == 0
         for p, q in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
             assert torch.equal(p.to_local(), q.to_local())
-        options = {"retain_loss": "kl", "fsdp": True, "fsdp_config": FSDP}
-        adapted = make_trainer(folder / "lora", tiny_lora(), "adapter", **options)
+        adapted = make_trainer(folder / "lora", tiny_lora(fresh=True), retain_loss="kl", fsdp=True, fsdp_config=FSDP)
         adapted.train()
         save(whole(adapted.model), folder / "lora.pt")
         by_hand = {"model": tiny_llama(), "collator": collate, "forget_rows": rows(16, 1), "retain_rows": rows(16, 2)}

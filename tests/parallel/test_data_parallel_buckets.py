@@ -133,7 +133,7 @@ def test_gradients_set_to_zero_stay_in_their_buckets(set_to_none):
 @pytest.mark.parametrize("step", [parallel_step, parallel_step_by_closures])
 @pytest.mark.usefixtures("one_rank")
 def test_without_the_copy_the_aliasing_is_noticed(step, monkeypatch):
-    monkeypatch.setattr(blur_optim.step.stash, "_shares_storage", lambda grad: False)
+    monkeypatch.setattr(blur_optim.step.stash, "_windows", lambda grads, places: [])
     problem, opt = make_parallel(gradient_as_bucket_view=True)
     before, failed_at = None, None
     for i in range(STEPS):
@@ -151,7 +151,7 @@ def test_without_the_copy_the_aliasing_is_noticed(step, monkeypatch):
 @pytest.mark.usefixtures("one_rank")
 def test_without_copy_and_check_the_result_would_be_wrong_without_a_sign(monkeypatch):
     """Should this fail, DDP no longer writes over gradients that were taken from it, and the copy can go."""
-    monkeypatch.setattr(blur_optim.step.stash, "_shares_storage", lambda grad: False)
+    monkeypatch.setattr(blur_optim.step.stash, "_windows", lambda grads, places: [])
     monkeypatch.setattr(blur_optim.step.gradients, "_check_distinct", lambda *_: None)
     problem, opt = make_parallel(gradient_as_bucket_view=True)
     twin, twin_opt = make()

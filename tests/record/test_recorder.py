@@ -13,7 +13,7 @@ from torch import nn
 
 from blur_optim import BLUR
 from blur_optim.record import Recorder, read_record
-from blur_optim.step.gradients import Rows
+from blur_optim.step.plan import Rows
 
 
 def problem(named=True, **options):
@@ -218,8 +218,8 @@ class TestAlignment:
 
     def test_the_sums_have_the_same_bits_on_any_number_of_threads(self):
         """As many parameters as torch would share out over threads when it sums their dots."""
-        members = [(torch.empty(0), i // 30000, i // 30000) for i in range(60000)]
-        rows = Rows(members, [1.0, 1.0], [1.0, 1.0])
+        groups = [i // 30000 for i in range(60000)]
+        rows = Rows([torch.empty(0)] * 60000, groups, groups, [1.0, 1.0], [1.0, 1.0])
         table = torch.randn(60000, 3, dtype=torch.float64)
         sums = []
         for threads in (1, 2, 3):

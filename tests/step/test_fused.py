@@ -10,8 +10,9 @@ from torch.optim import SGD, Adam, AdamW
 from blur_optim import BLUR
 from blur_optim.kernels import native
 from blur_optim.parallel.ranks import Ranks
-from blur_optim.step import fused
-from blur_optim.step.gradients import Pair, PairedGradients, Rows
+from blur_optim.step.fused import FusedStep
+from blur_optim.step.gradients import PairedGradients, Pairs
+from blur_optim.step.plan import Rows
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not(torch.device("cpu"))), reason=f"native backend: {native.why_not(torch.device('cpu'))}"
@@ -77,8 +78,8 @@ class Twins:
 def count_fused(monkeypatch):
     """How many steps went the fused way; without it these tests would pass on the plain path."""
     calls = []
-    original = fused.fused_step
-    monkeypatch.setattr("blur_optim.step.two_phase.fused_step", lambda *args: (calls.append(1), original(*args)))
+    original = FusedStep.step
+    monkeypatch.setattr(FusedStep, "step", lambda *args: (calls.append(1), original(*args)))
     return calls
 
 
@@ -199,10 +200,8 @@ PLAIN = [
 @pytest.mark.parametrize(("options", "change", "reason"), [c[1:] for c in PLAIN], ids=[c[0] for c in PLAIN])
 def test_what_takes_the_plain_path(options, change, reason, monkeypatch):
     reasons = []
-    original = fused.why_not_fused
-    monkeypatch.setattr(
-        "blur_optim.step.two_phase.why_not_fused", lambda *args: reasons.append(original(*args)) or reasons[-1]
-    )
+    original = FusedStep.why_not
+    monkeypatch.setattr(FusedStep, "why_not", lambda *args: reasons.append(original(*args)) or reasons[-1])
     model = nn.Linear(3, 2)
     opt = BLUR(model.parameters(), **{"base": AdamW, "lr": 0.1, "backend": "native", **options})
     if change:
@@ -214,6 +213,10 @@ def test_what_takes_the_plain_path(options, change, reason, monkeypatch):
     assert torch.equal(model.weight, before) != has_params
 
 
+def paired(p):
+    return PairedGradients(Pairs([p], [p.grad], [p.grad], [0], [0], [0]), Rows([p], [0], [0], [1.0], [1.0]), Ranks())
+
+
 TENSOR_BETAS = {"betas": (torch.tensor(0.9), 0.99)}
 ONLY_THE_BASE = [{"capturable": True}, {"differentiable": True}, TENSOR_BETAS]
 
@@ -222,24 +225,23 @@ ONLY_THE_BASE = [{"capturable": True}, {"differentiable": True}, TENSOR_BETAS]
 def test_groups_that_only_the_base_can_step(change):
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    gradients = PairedGradients([Pair(p, p.grad, p.grad, 0, 0)], Rows([(p, 0, 0)], [1.0], [1.0]), Ranks())
     base = AdamW([p])
-    assert fused.why_not_fused(base, gradients, "native") == ""
+    step, gradients = FusedStep(base), paired(p)
+    assert step.why_not(gradients, "native") == ""
     base.param_groups[0].update(change)
-    assert "capturable or differentiable" in fused.why_not_fused(base, gradients, "native")
+    assert "capturable or differentiable" in step.why_not(gradients, "native")
 
 
 def test_a_state_of_another_dtype_takes_the_plain_path():
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    gradients = PairedGradients([Pair(p, p.grad, p.grad, 0, 0)], Rows([(p, 0, 0)], [1.0], [1.0]), Ranks())
     base = AdamW([p])
     base.state[p] = {
         "step": torch.tensor(1.0),
         "exp_avg": torch.zeros(3).double(),
         "exp_avg_sq": torch.zeros(3).double(),
     }
-    assert "unusual dtype" in fused.why_not_fused(base, gradients, "native")
+    assert "unusual dtype" in FusedStep(base).why_not(paired(p), "native")
 
 
 class EightBits(torch.Tensor):

@@ -41,6 +41,12 @@ def gradients_with_cosine(cosine, n=200_000):
     return forget.float(), retain.float()
 
 
+def keep(stash, p, grad):
+    """What ``stash`` keeps of a gradient."""
+    stash.take([p], [grad])
+    return stash.get(p)
+
+
 def project_by(stash, forget, retain, **options):
     p = nn.Parameter(torch.zeros_like(forget))
     opt = BLUR([p], SGD, lr=1.0, stash=stash, **options)
@@ -71,7 +77,7 @@ def test_forgetting_comes_first_for_the_gradient_that_was_kept(stash):
     """<g_f, u> = gamma |g_f|^2 holds to rounding with the g_f that the step used, however much it was rounded."""
     forget, retain = gradients_with_cosine(-0.5)
     update, statistics = project_by(stash, forget, retain, gamma=0.3)
-    kept = STASHES[stash]()._keep(nn.Parameter(forget), forget).restore(forget)
+    kept = keep(STASHES[stash](), nn.Parameter(forget), forget).restore(forget)
     assert not torch.equal(kept, forget)
     kept, update = kept.double(), update.double()
     torch.testing.assert_close(kept @ update, 0.3 * kept @ kept, rtol=1e-5, atol=0)
@@ -121,7 +127,7 @@ def test_phases_and_closures_agree(stash):
 def test_bytes(stash, dtype, bytes_per_element):
     p = nn.Parameter(torch.zeros(64, 256, dtype=dtype))
     p.grad = torch.randn(64, 256).to(dtype)
-    kept = stash()._keep(p, p.grad)
+    kept = keep(stash(), p, p.grad)
     used = kept.values.nbytes + (0 if kept.scales is None else kept.scales.nbytes)
     assert used == bytes_per_element * p.numel()
 
@@ -135,8 +141,9 @@ def test_gradients_are_compressed_one_after_another(stash):
     storages = storages_of_grads(params)
     kept = STASHES[stash]()
     alive = []
-    keep = kept._keep
-    kept._keep = lambda param, grad: (alive.append(sum(not s.expired() for s in storages)), keep(param, grad))[1]
+    keep = kept.keep
+    kept.keep = lambda *args: (alive.append(sum(not s.expired() for s in storages)), keep(*args))
+    kept.piece_bytes = 1000  # Less than a gradient has: one at a time.
     kept.take(params)
     gc.collect()
     assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
@@ -294,10 +301,9 @@ def test_compressed_gradients_reach_the_fused_update_as_they_are(monkeypatch):
 def test_pieces_come_back_by_size(monkeypatch):
     """Runs the pieces of HostStash on the CPU: a pair counts as away while its forget gradient is on 'meta'."""
     monkeypatch.setattr(gradients, "PIECE_BYTES", 1000)
-    pairs = [
-        gradients.Pair(torch.empty(n), torch.empty(n, device="meta"), torch.empty(n), row=0, group=0)
-        for n in (100, 100, 100, 1000, 10, 10)
-    ]
+    sizes = (100, 100, 100, 1000, 10, 10)
+    forget, retain = [torch.empty(n, device="meta") for n in sizes], [torch.empty(n) for n in sizes]
+    pairs = gradients.Pairs(retain, forget, retain, [0] * 6, list(range(6)), [0] * 6)
     sizes = []
     move = torch.Tensor.to
 
@@ -307,8 +313,8 @@ def test_pieces_come_back_by_size(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     for piece in gradients._pieces(pairs):
-        assert all(pair.forget.device.type == "cpu" for pair in piece)
-        sizes.append([pair.forget.numel() for pair in piece])
+        assert all(f.device.type == "cpu" for f in piece.forget)
+        sizes.append([f.numel() for f in piece.forget])
     assert [n for size in sizes for n in size] == [100, 100, 100, 1000, 10, 10]
     assert len(sizes) == 3
     assert max(4 * sum(size[:-1]) for size in sizes) <= 1000
@@ -343,7 +349,7 @@ def test_host_stash_copies_what_is_on_another_device(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda t, device, pin_memory: empty_like(torch.Tensor(t), device=device))
     grad = torch.randn(5).as_subclass(OnGpu)
     stash = HostStash()
-    kept = stash._keep(nn.Parameter(torch.zeros(5)), grad)
+    kept = keep(stash, nn.Parameter(torch.zeros(5)), grad)
     assert calls == ["wait", "enter", "exit", "record"]
     assert torch.equal(kept.values, grad.as_subclass(torch.Tensor))
     stash.settle()

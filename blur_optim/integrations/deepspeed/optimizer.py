@@ -190,4 +190,4 @@ class DeepSpeedBLUR(BLUR):
             )
 
     def _make_two_phase(self) -> EngineStep:
-        return EngineStep(self._gradients, self.base, self.stash)
+        return EngineStep(self._gradients, self.base, self.stash, self.backend)

@@ -33,13 +33,13 @@ class EngineStep(TwoPhaseStep):
     Args:
         gradients: of the engine.
         base: the engine's basic optimizer, whose groups hold the weights.
-        stash: as BLUR takes it.
+        stash, backend: as BLUR takes them.
     """
 
-    def __init__(self, gradients: EngineGradients, base: Optimizer, stash: str) -> None:
+    def __init__(self, gradients: EngineGradients, base: Optimizer, stash: str, backend: str | None = None) -> None:
         self.gradients, self.engine = gradients, gradients.engine
         self.phase_ends = _EnginePhases(gradients)
-        super().__init__(base, stash, EngineRanks(gradients), self.phase_ends)
+        super().__init__(base, stash, backend, EngineRanks(gradients), self.phase_ends)
 
     def groups(self) -> list[dict[str, Any]]:
         """The stand-ins, by param group of the engine's basic optimizer, with its weights."""
@@ -47,14 +47,10 @@ class EngineStep(TwoPhaseStep):
         # A group from a checkpoint that was made without BLUR has no weights.
         return [{**self.base.defaults, **group, "params": stand_ins} for group, stand_ins in groups]
 
-    def params(self) -> Sequence[Tensor]:
-        """The stand-ins."""
-        return self.phase_ends.all_stand_ins()
-
     @contextmanager
-    def forget_phase(self) -> Iterator[None]:
+    def forget_phase(self, settings: Settings) -> Iterator[None]:
         """The forget gradients are computed within, and the engine has none afterwards."""
-        with super().forget_phase():
+        with super().forget_phase(settings):
             yield
         self.gradients.clear()
 
@@ -126,7 +122,7 @@ class _EnginePhases(Wrappers):
         self.engine.step = self._refuse_step  # Of this engine alone, until the update is there.
         self._steps = self.engine.global_steps
 
-    def end(self, params: Sequence[Tensor], phase: str) -> None:
+    def end(self, params: Sequence[Tensor], dtensors: Sequence[Tensor], phase: str) -> None:
         if self.engine.global_steps != self._steps:
             raise RuntimeError(f"The engine must not step in the {phase} phase, got a step of it.")
         self.gradients.end()
@@ -136,10 +132,10 @@ class _EnginePhases(Wrappers):
             # Without the base of a view, by which a stash would take it for memory that is written to again.
             stand_in.grad = piece.data if self.gradients.fresh else piece
 
-    def holds_back(self, params: Sequence[Tensor]) -> bool:
+    def holds_back(self, dtensors: Sequence[Tensor]) -> bool:
         return not self.gradients.is_clear()
 
-    def drop(self, params: Sequence[Tensor]) -> None:
+    def drop(self, dtensors: Sequence[Tensor]) -> None:
         self.allow_step()
         self.gradients.clear()
         self.gradients.release()
@@ -181,7 +177,7 @@ class EngineRanks(Ranks):
         """A rank may have nothing of a parameter."""
         return False
 
-    def update(self, params: Any) -> None:
+    def update(self, params: Sequence[Tensor], dtensors: Sequence[Any] | None = None) -> None:
         """Look at what is known by now about earlier sums."""
         self._read_verdicts()
 

@@ -21,6 +21,7 @@ class OnDevice {
 STABLE_TORCH_LIBRARY_IMPL(blur_optim_emulated, CPU, m) {
   m.impl("multi_tensor_dots", TORCH_BOX(&blur_optim::multi_tensor_dots_cuda));
   m.impl("multi_tensor_blend_", TORCH_BOX(&blur_optim::multi_tensor_blend_cuda));
+  m.impl("multi_tensor_compress_", TORCH_BOX(&blur_optim::multi_tensor_compress_cuda));
   m.impl("fused_adamw_", TORCH_BOX(&blur_optim::fused_adamw_cuda));
   m.impl("fused_sgd_", TORCH_BOX(&blur_optim::fused_sgd_cuda));
   m.impl("multi_tensor_metric_dots", TORCH_BOX(&blur_optim::multi_tensor_metric_dots_cuda));
