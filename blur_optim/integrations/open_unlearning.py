@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blur_optim.integrations.split_loss import SplitLoss
 from blur_optim.integrations.trainer_step import BLURStepMixin, blur_options
-from blur_optim.step.gradients import own_name
+from blur_optim.step.plan import own_name
 
 #: The ``method_args`` that are BLUR's. Every other one is the method's.
 OPTIONS = tuple(name for name in inspect.signature(blur_options).parameters if name not in ("gamma", "retain_weight"))
