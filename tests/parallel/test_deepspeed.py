@@ -69,7 +69,7 @@ def test_bfloat16(stage, offload):
     assert_trained(config(stage, "bf16", offload=offload), expected, (BFLOAT16, BFLOAT16_PARAMS))
 
 
-@pytest.mark.parametrize(("stage", "offload"), KINDS[1:])
+@pytest.mark.parametrize(("stage", "offload"), [(1, False), (2, False), (3, False), (2, True), (3, True)])
 def test_bfloat16_that_adds_up_in_float32(stage, offload):
     expected = on_one_process(low=torch.bfloat16)
     settings = config(stage, "bf16", accumulate="fp32", offload=offload)
@@ -201,9 +201,7 @@ def test_what_fails_leaves_nothing_behind(stage, offload):
     assert max(errors) < FLOAT32
 
 
-@pytest.mark.parametrize(
-    ("stage", "offload", "dtype"), [*((*kind, None) for kind in KINDS), (0, False, "bf16"), (1, False, "bf16")]
-)
+@pytest.mark.parametrize(("stage", "offload", "dtype"), [*((*kind, None) for kind in KINDS), (3, False, "bf16")])
 def test_checkpoint(stage, offload, dtype):
     settings = config(stage, dtype, offload=offload, accumulate="fp32" if dtype and stage else None)
     with shared_folder() as folder:
