@@ -3,7 +3,6 @@
 DeepSpeed itself is in ``test_deepspeed.py``.
 """
 
-
 import pytest
 import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
