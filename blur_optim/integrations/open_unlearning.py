@@ -75,8 +75,10 @@ def make_trainer(method: Any, grad_diff: Any) -> type:
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             """Wrap the optimizer; what it does not train (RMU's other layers) needs no gradient."""
             optimizer = super().create_optimizer(*args, **kwargs)
-            trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            for parameter in self.model.parameters():
+            # What accelerate puts in the place of an optimizer that DeepSpeed makes itself has no groups.
+            groups = getattr(self.optimizer, "param_groups", None)
+            trained = {id(p) for group in groups or () for p in group["params"]}
+            for parameter in self.model.parameters() if groups else ():
                 parameter.requires_grad_(id(parameter) in trained)
             return optimizer
 

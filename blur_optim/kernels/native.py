@@ -184,8 +184,9 @@ def blend_the_unusual_(
 
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    _op("multi_tensor_compress_")(list(values), list(scales), list(grads))
-    increment_version([*values, *scales])
+    if grads:
+        _op("multi_tensor_compress_")(list(values), list(scales), list(grads))
+        increment_version([*values, *scales])
 
 
 def fused_adamw_(

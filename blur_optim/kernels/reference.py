@@ -44,7 +44,7 @@ def multi_tensor_blend_(
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     for i, (v, grad) in enumerate(zip(values, grads, strict=True)):
-        if v.dtype != torch.int8:
+        if v.dtype != torch.int8 or not v.numel():
             v.copy_(grad)
             continue
         # In float32, in which the scale is kept: what the others are to have the bits of.

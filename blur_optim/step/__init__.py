@@ -9,7 +9,7 @@
 ``gradients``             both gradients, paired by parameter in the form that kernels take
 ``projection``            pairs to three dots, dots to coefficients, coefficients to the update
 ``rules``                 the scalar part: (dots, gamma, alpha) to the two weights a and b
-``metric``                the dots in the metric of the retain loss, and a rule on them; ``metric_step``: the order
+``metric``                both in the metric of the retain loss; ``metric_step``: the order there
 ``fused``                 the update inside the step of AdamW, Adam or SGD, never written to memory
 ``base``                  any other base optimizer, stepped on the update in ``p.grad``
 ``statistics``            what the step saw

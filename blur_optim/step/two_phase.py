@@ -311,11 +311,7 @@ class TwoPhaseStep:
             missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.plan.dtensors)
             if missing and isinstance(loss, Tensor) and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-                params, sharded = self.params(), self.plan.dtensors
-                self.ranks.update(params, sharded)
-                # With many ranks, others may have the parameters that this loss depends on.
-                if params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(sharded)):
-                    raise unreached(name, params)
+                self._check_reached(name, has_gradients)
                 missing = False
         if not missing:
             # Detached, so that the graph of the forget loss does not live through the retain phase.
@@ -324,6 +320,13 @@ class TwoPhaseStep:
             f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
             "where there is nothing to compute in this step."
         )
+
+    def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
+        plan = self.plan
+        self.ranks.update(plan.params, plan.dtensors)
+        # With many ranks, others may have the parameters that this loss depends on.
+        if plan.params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(plan.dtensors)):
+            raise unreached(name, plan.params)
 
     def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
         # With many ranks, others may have what this one lacks.

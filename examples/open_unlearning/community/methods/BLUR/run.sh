@@ -11,7 +11,7 @@ set -euo pipefail
 # cp -r path/to/blur_optim/examples/open_unlearning/. .
 # echo 'import blur_optim.integrations.open_unlearning  # noqa: E402,F401' >> src/trainer/__init__.py
 
-# "python" for one GPU. DeepSpeed's configuration in configs/accelerate does not work with BLUR.
+# DeepSpeed's configuration in configs/accelerate was not tried with BLUR.
 launch=${LAUNCH:-torchrun --nproc_per_node ${NUM_GPUS:-1}}
 model=${MODEL:-Llama-3.2-1B-Instruct}
 # flash_attention_2 where it was built for the newer torch
