@@ -70,8 +70,8 @@ def _check_version() -> None:
 
     if Version(deepspeed.__version__) < Version(OLDEST):
         raise ImportError(
-            f"`deepspeed` must be at least {OLDEST}, got {deepspeed.__version__}: under 0.19.6 the gradients of ZeRO-2 in "
-            "bfloat16 with float32 accumulation were wrong without a sign. Upgrade it."
+            f"`deepspeed` must be at least {OLDEST}, got {deepspeed.__version__}: under 0.19.6 the gradients of ZeRO-2 "
+            "in bfloat16 with float32 accumulation were wrong without a sign. Upgrade it."
         )
 
 
