@@ -60,12 +60,7 @@ def _fused_by_default(
     said = {"fused", "foreach", "capturable", "differentiable"}
     if base not in (AdamW, Adam, SGD) or said & kwargs.keys() or isinstance(params, Tensor):
         return params, {}
-    params = [
-        {**p, "params": p["params"] if isinstance(p["params"], Tensor) else list(p["params"])}
-        if isinstance(p, dict) and "params" in p
-        else p
-        for p in params
-    ]
+    params = [_with_a_list(p) if isinstance(p, dict) else p for p in params]
     if any(isinstance(p, dict) and said & p.keys() for p in params):
         return params, {}
     tensors = [p[1] if isinstance(p, tuple) else p for p in _flat(params)]
@@ -73,6 +68,12 @@ def _fused_by_default(
         isinstance(p, Tensor) and p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in tensors
     )
     return params, {"fused": True} if supported else {}
+
+
+def _with_a_list(group: dict[str, Any]) -> dict[str, Any]:
+    """The same object where it has no iterator: torch fills in the user's own dictionaries."""
+    own = group.get("params", ())
+    return group if isinstance(own, Tensor | list | tuple) else {**group, "params": list(own)}
 
 
 def _flat(params: list[Any]) -> list[Any]:

@@ -25,7 +25,8 @@ def why_nothing_moves(gradients: PairedGradients, projection: Projection) -> str
             "model, or is everything frozen (an adapter loaded for inference)?"
         )
     norms = projection.dots.forget_norm_sq
-    if any(map(Tensor.numel, gradients.pairs.forget)) and norms.is_cpu and not norms.any():
+    is_known = type(norms) is Tensor and norms.is_cpu  # A fake tensor has no values.
+    if is_known and any(map(Tensor.numel, gradients.pairs.forget)) and not any(norms.tolist()):
         return (
             "BLUR took a step, but the forget gradient is zero everywhere, so there is nothing to forget. Is every "
             "label masked?"

@@ -167,23 +167,26 @@ class Plan:
         Args:
             takes_part: of each parameter; None where all do.
         """
-        weights = [group[own_name(name, group)] for group in param_groups for name in ("gamma", "retain_weight")]
+        names = [own_name(name, group) for group in param_groups for name in ("gamma", "retain_weight")]
+        weights = [param_groups[i // 2][name] for i, name in enumerate(names)]
         part = (takes_part, per_parameter)
         if self._rows is None or part != self._part:
-            self._rows = self._make_rows(weights, takes_part, per_parameter)
+            self._rows = self._make_rows(names, weights, takes_part, per_parameter)
         elif not _same_weights(weights, self._weights):
-            made = self._make_rows(weights, takes_part, per_parameter)
+            made = self._make_rows(names, weights, takes_part, per_parameter)
             self._rows = replace(self._rows, gammas=made.gammas, alphas=made.alphas)
         self._part, self._weights = part, weights
         return self._rows
 
-    def _make_rows(self, weights: list[Any], takes_part: list[bool] | None, per_parameter: bool) -> Rows:
+    def _make_rows(
+        self, names: list[str], weights: list[Any], takes_part: list[bool] | None, per_parameter: bool
+    ) -> Rows:
         chosen = range(len(self.params)) if takes_part is None else [i for i, part in enumerate(takes_part) if part]
         params = self.params if takes_part is None else [self.params[i] for i in chosen]
         groups = [self.groups[i] for i in chosen]
         row_groups = groups if per_parameter else list(range(len(self._lists)))
-        gammas = [_checked("gamma", value) for value in weights[0::2]]
-        alphas = [_checked("retain_weight", value) for value in weights[1::2]]
+        checked = list(map(_checked, names, weights))
+        gammas, alphas = checked[0::2], checked[1::2]
         rows = list(range(len(params))) if per_parameter else groups
         return Rows(params, rows, groups, [gammas[g] for g in row_groups], [alphas[g] for g in row_groups])
 

@@ -334,6 +334,11 @@ def test_arguments():
         make_opt(engine, metric="retain")
     with pytest.raises(ValueError, match=r"`max_grad_norm` must be None where the engine clips"):
         make_opt(engine, max_grad_norm=1.0)
+    with (
+        patch.object(importlib.import_module("deepspeed"), "__version__", "0.19.6"),
+        pytest.raises(ImportError, match=r"`deepspeed` must be at least 0\.19\.8, got 0\.19\.6"),
+    ):
+        make_opt(engine)
     with pytest.raises(TypeError, match=r"`engine` must be a DeepSpeedEngine, got Linear"):
         make_opt(torch.nn.Linear(1, 1))
     opt = make_opt(engine)

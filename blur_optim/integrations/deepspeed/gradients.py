@@ -393,7 +393,7 @@ def _check_names(owner: Any, names: Sequence[str]) -> None:
 
         raise ImportError(
             f"`deepspeed` must be a version whose {type(owner).__name__} has {missing}, got {deepspeed.__version__}. "
-            "0.19.6 and 0.19.8 have them."
+            "0.19.8 has them."
         )
 
 

@@ -54,8 +54,8 @@ class DeepSpeedBLUR(BLUR):
         gamma, retain_weight, rule, normalize, scope, backend: as :class:`blur_optim.BLUR` takes them.
         max_grad_norm: as there, instead of ``gradient_clipping`` in the configuration, which does the same.
         stash: as there, but for ``"recompute"``.
-        metric: ``"euclidean"``. In the retain metric the second moments are those of the retain gradient, and the
-            engine's optimizer would make them of the update.
+        metric, damping: ``"euclidean"``, which has no damping. In the retain metric the second moments are those of the
+            retain gradient, and the engine's optimizer would make them of the update.
 
     Raises:
         TypeError: ``engine`` is none.
@@ -76,6 +76,7 @@ class DeepSpeedBLUR(BLUR):
         stash: str = "reference",
         backend: str | None = None,
         metric: str = "euclidean",
+        damping: float = 0.01,
     ) -> None:
         if metric != "euclidean":
             raise ValueError(
@@ -94,7 +95,13 @@ class DeepSpeedBLUR(BLUR):
                 f"gradient_clipping of {engine.gradient_clipping()!r}. Leave one of them out."
             )
         options: dict[str, Any] = {"gamma": gamma, "retain_weight": retain_weight, "rule": rule, "normalize": normalize}
-        options |= {"scope": scope, "max_grad_norm": max_grad_norm, "stash": stash, "backend": backend}
+        options |= {
+            "scope": scope,
+            "max_grad_norm": max_grad_norm,
+            "stash": stash,
+            "backend": backend,
+            "damping": damping,
+        }
         super().__init__(base=engine.basic_optimizer, **options)
         select_backend(backend, self._gradients.device)
 

@@ -17,6 +17,8 @@ from blur_optim.integrations.deepspeed.gradients import (
     Zero12OffloadGradients,
 )
 
+#: The oldest version of DeepSpeed that all of this was run with.
+OLDEST = "0.19.8"
 _ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 #: By the class of ``engine.optimizer``: the kind, and the kind where the optimizer is in host memory.
 _KINDS: dict[str, tuple[type[EngineGradients], type[EngineGradients] | None]] = {
@@ -41,6 +43,7 @@ def gradients_of(engine: Any) -> EngineGradients:
             f"`engine` must be a DeepSpeedEngine, got {type(engine).__name__}. Pass what deepspeed.initialize returns "
             "first; under accelerate, accelerator.deepspeed_engine_wrapped.engine."
         )
+    _check_version()
     check_engine(engine)
     kinds = _KINDS.get(_path(type(engine.optimizer)))
     if kinds is None and engine.optimizer is engine.basic_optimizer:
@@ -59,6 +62,17 @@ def check_engine(engine: Any) -> None:
     for what, (has, why) in REFUSED.items():
         if has(engine):
             raise ValueError(f"`engine` must not have {what}: {why}.")
+
+
+def _check_version() -> None:
+    import deepspeed
+    from packaging.version import Version  # DeepSpeed's own requirement.
+
+    if Version(deepspeed.__version__) < Version(OLDEST):
+        raise ImportError(
+            f"`deepspeed` must be at least {OLDEST}, got {deepspeed.__version__}: under 0.19.6 the gradients of ZeRO-2 "
+            "in bfloat16 with float32 accumulation were wrong without a sign. Upgrade it."
+        )
 
 
 def _path(cls: type) -> str:
