@@ -19,7 +19,8 @@ from cuda_emulator import (
 )
 from torch import Tensor
 
-from blur_optim.kernels import native, reference
+from blur_optim.kernels import foreach, native, reference
+from blur_optim.kernels.blocks import empty_compressed
 
 # Error of a dot over the product of the norms: the rounding of each product, and of short sums.
 DOT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7}
@@ -123,6 +124,41 @@ def test_blend(emulated, dtype, stash):
     with_absent(forget, retain)
     rows = [0] + [1] * (len(NUMELS) - 1)
     assert_blended(emulated, forget, retain, coefficients((-1.3, 0.7), (0.4, 2.1)), rows, scales)
+
+
+COMPRESSED = [(dtype, torch.int8) for dtype in TOLERANCE] + [
+    (dtype, torch.bfloat16) for dtype in TOLERANCE if dtype.itemsize > 2
+]
+
+
+@pytest.mark.parametrize("misaligned", [False, True])
+@pytest.mark.parametrize(("dtype", "compressed"), COMPRESSED, ids=str)
+def test_compress(emulated, dtype, compressed, misaligned):
+    """The bits of PyTorch's way, on every schedule, for what is not finite and for denormals too."""
+    numels = [*NUMELS, 0, 700, 300, 300, 2]
+    grads = make(numels, dtype, 5, misaligned)
+    grads[-4][300], grads[-3][7], grads[-2][:] = float("nan"), -float("inf"), 0.0
+    grads[-1][:] = torch.tensor([190.0, -190.0]).double().mul(2.0**-149).to(dtype)
+    expected = empty_compressed(grads, compressed)
+    foreach.multi_tensor_compress_(*expected, grads)
+
+    def call():
+        values, scales = empty_compressed(grads, compressed)
+        emulated.ops.multi_tensor_compress_(values, scales, grads)
+        return [*values, *scales]
+
+    for actual, wanted in zip(emulated.on_every_schedule(call), [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_compressed_lists_of_several_launches(emulated):
+    grads = [t for i in range(200) for t in make([9 + i % 5], list(TOLERANCE)[i % 4], i)]
+    expected = empty_compressed(grads, torch.int8)
+    foreach.multi_tensor_compress_(*expected, grads)
+    values, scales = empty_compressed(grads, torch.int8)
+    emulated.schedule(0)
+    emulated.ops.multi_tensor_compress_(values, scales, grads)
+    assert same_bits([*values, *scales], [*expected[0], *expected[1]])
 
 
 def test_pieces_beyond_32_bits(emulated):
