@@ -27,6 +27,7 @@ FIELDS = (
     "steps",
     "batch_size",
     "accumulation",
+    "looks",
     "lora_rank",
     "stop",
     "device",
@@ -71,6 +72,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="of unlearning")
     add("--batch-size", type=int, metavar="N", help="rows of each of the two losses in a micro-batch")
     add("--accumulation", type=int, metavar="N", help="micro-batches in a step")
+    add("--looks", type=int, metavar="N", help="how often a run is looked at")
     add("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank in place of the model's weights")
     add(
         "--stop",

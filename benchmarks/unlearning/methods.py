@@ -132,7 +132,8 @@ def weight_scale(method: Method, unit_scale: float) -> float:
     Found on the tuning seed of TOFU. NPO and DPO are sums over an answer's tokens, of which there are some tens; the
     others are means, and unit gradients know no size.
     """
-    if method.combine in IN_THE_METRIC or method.combine.endswith("-metric") or method.combine == "dampening":
+    scale_free = method.combine in IN_THE_METRIC or method.combine.endswith("-metric")
+    if scale_free or method.combine in ("dampening", "dual-moments"):  # Adam knows no size either.
         return 1.0
     if "normalized" in method.combine:
         return unit_scale

@@ -208,7 +208,8 @@ def describe(settings: Settings, folder: Path, selected: Selected, command: str)
     about = {"model": {"name": settings.model, "parameters": parameters}, "data": f"{source}, {settings.subset}"}
     if settings.blocks:
         first, *others = settings.blocks
-        about["data"] += f" of {settings.authors} authors each, from number {first} on to tune and {others} to compare"
+        compared = ", ".join(map(str, others))
+        about["data"] += f" of {settings.authors} authors each, from number {first} on to tune, {compared} to compare"
     sweep = {job.method: [] for job in sweep_jobs(settings, selected)}
     for job in sweep_jobs(settings, selected):
         if job.weight not in sweep[job.method]:

@@ -176,6 +176,8 @@ def _weights(summary: Summary) -> str:
     grid = ", ".join(map(numbers.weight, setting.weights))
     if all(set(method.weights) <= set(setting.weights) for method in summary.methods):
         return grid
+    if not grid:
+        return "what tuning chose; the tables have it"
     return f"{grid}, times what is natural for a method's losses, and what tuning chose; the tables have them"
 
 
