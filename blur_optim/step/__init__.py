@@ -3,6 +3,7 @@
 ========================  ==============================================================================================
 ``settings``              the arguments that the numbers depend on, checked
 ``two_phase``             the order: what BLUR's methods run, room after room of those below
+``plan``                  what is kept from step to step: flat lists, rows, weights; made anew where something changed
 ``phases``                where in a step we are: forget, retain, step; every way of getting it wrong, with the remedy
 ``stash``                 where the forget gradients wait while the retain gradients are computed
 ``recompute``             instead of waiting: the retain closure evaluated twice
@@ -11,8 +12,11 @@
 ``rules``                 the scalar part: (dots, gamma, alpha) to the two weights a and b
 ``metric``                both in the metric of the retain loss; ``metric_step``: the order there
 ``fused``                 the update inside the step of AdamW, Adam or SGD, never written to memory
+``base_state``            the base's state as lists, kept from step to step
 ``base``                  any other base optimizer, stepped on the update in ``p.grad``
 ``statistics``            what the step saw
+``capture``               CUDA graphs: what cannot be captured is refused by name
+``dynamo``                the doors at which a step leaves a region that torch.compile compiles
 ``nothing``               what is said of a step that cannot move anything
 ========================  ==============================================================================================
 """
