@@ -153,8 +153,12 @@ def compile_launch(case, arch):
         case.operation()
     kernel, args, constants = next(launch for launch in launches if launch[0].__name__ == case.kernel)
     tensors = dict(zip(kernel.arg_names, args, strict=False))
-    signature = {name: triton.runtime.jit.mangle_type(t) for name, t in tensors.items()}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(tensors.values()) if t.data_ptr() % 16 == 0}
+    # An argument that is None, where there is no metric, is compiled away.
+    absent = {name: None for name, t in tensors.items() if t is None}
+    signature = {name: triton.runtime.jit.mangle_type(t) for name, t in tensors.items() if name not in absent}
+    aligned = (i for i, t in enumerate(tensors.values()) if t is not None and t.data_ptr() % 16 == 0)
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    constants |= absent
     source = triton.compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attrs)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=backend._kernels().OPTIONS)
