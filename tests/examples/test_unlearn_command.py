@@ -15,15 +15,15 @@ import pytest
 import torch
 import unlearn
 import yaml
+from knowing import know
 from quickstart_lib.data import load_rows
 from safetensors.torch import load_file
 from shared_lib.encoding import encode_rows
 from shared_lib.errors import InputError
 from shared_lib.metrics import mean_probability
-from shared_lib.models import load_model, load_tokenizer, save_model, save_small_llama
+from shared_lib.models import load_model, load_tokenizer, save_small_llama
 from shared_lib.records import read_rows
 from unlearn_lib import run_folder
-from unlearn_lib.tokens import collate
 
 UNLEARN = Path(unlearn.__file__)
 SMALL = ["--lr", "1e-2", "--batch-size", "4", "--generate-rows", "2", "--cpu"]
@@ -397,7 +397,7 @@ def test_stop_at_rows_never_seen(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model that knows the rows stops in the middle of an epoch; what was only to be scored still is the same."""
-    know(home, tmp_path / "knowing")
+    know(home / "llama", home / "forget.jsonl", tmp_path / "knowing")
     more = ["--model", str(tmp_path / "knowing"), "--stop-at", str(home / "others.jsonl"), "--stop-every", "1"]
     more += ["--lr", "3e-3", "--method", "ga", "--epochs", "30", "--keep-checkpoints", "--batch-size", "2"]
     out = tmp_path / "out"
@@ -428,15 +428,3 @@ def test_stop_at_rows_never_seen(
     with pytest.raises(InputError, match=r"--stop-at: `holdout` must be less probable"):
         run_here(monkeypatch, home, tmp_path / "x", *more, *swapped)
     assert not (tmp_path / "x").exists()
-
-
-def know(home: Path, folder: Path) -> None:
-    """Teach the small Llama the rows to forget."""
-    tokenizer, model = load_tokenizer(home / "llama"), load_model(home / "llama", "cpu")
-    batch = collate(encode_rows(tokenizer, read_rows(str(home / "forget.jsonl"))))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(12):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    save_model(model, tokenizer, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import unlearn
+from knowing import know
 from quickstart_lib.data import load_rows
 from shared_lib.errors import InputError
 from shared_lib.models import save_small_llama
@@ -94,13 +95,19 @@ def test_an_invalid_option_ends_with_code_2(more: list[str], message: str, capsy
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama in a folder of the name that the documentation has, and rows."""
+    """A small Llama that knows the rows to forget in a folder of the name that the documentation has, and rows."""
     folder = tmp_path_factory.mktemp("unlearn_docs")
     rows = load_rows(None, 4, 0)
     save_small_llama(folder / "my-model", rows, 0)
-    for name, part in (("forget", rows[-4:]), ("retain", rows[:4]), ("paraphrases", rows[30:32])):
+    for name, part in (
+        ("forget", rows[-4:]),
+        ("retain", rows[:4]),
+        ("paraphrases", rows[30:32]),
+        ("holdout", rows[20:24]),
+    ):
         lines = (json.dumps({"question": row.question, "answer": row.answer}) for row in part)
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    know(folder / "my-model", folder / "forget.jsonl", folder / "my-model")
     return folder
 
 
