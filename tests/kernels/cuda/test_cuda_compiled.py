@@ -187,18 +187,25 @@ def test_no_register_is_spilled(cubins):
 
 
 def test_main_loops_access_each_element_once_and_widely(kernels):
+    wrong = {}
     for kernel in kernels.values():
         # To int8 a warp takes a block of 256 together: neighbours by neighbouring threads, an element each at a time.
         if "<" not in kernel.name or re.fullmatch(r"compress_kernel<\w+, signed char>", kernel.name):
             continue
         pack, scale, elements = kernel.expected()
         wide = [loop for loop in kernel.loops() if max(sizes(loop)) == 16]
-        assert wide, f"{kernel.name} has no loop of 16-byte accesses"
+        # In the metric's blend ptxas jumps from a rare case (a division of denormal numbers) back into the middle of a
+        # loop: what lies between is a part of the loop, and no loop.
+        in_parts = kernel.name.startswith("metric_blend_kernel<") and pack in wide
         for loop in wide:
             repeats = loop.total() // pack.total()
-            assert loop == Counter({access: count * repeats for access, count in pack.items()}), kernel.name
-            if kernel.name in BYTES:
-                assert sum(sizes(pack - scale)) == BYTES[kernel.name] * elements, kernel.name
+            whole = loop == Counter({access: count * repeats for access, count in pack.items()})
+            if not (whole or (in_parts and loop < pack)):
+                wrong[kernel.name] = wide
+        assert wide, f"{kernel.name} has no loop of 16-byte accesses"
+        if kernel.name in BYTES:
+            assert sum(sizes(pack - scale)) == BYTES[kernel.name] * elements, kernel.name
+    assert not wrong
 
 
 def test_the_loops_of_the_dots_are_unrolled(kernels):
