@@ -58,7 +58,14 @@ def test_a_fresh_adapter_in_the_metric_of_the_retain_loss(tmp_path):
     trainer(tmp_path, model, max_grad_norm=0.1, **options).train()
     train(expected, tiny_llama(), FORGET, RETAIN, steps=4, accumulate=2, max_norm=0.1, **options)
     assert_same(model, expected)
-    assert not any(torch.allclose(p, first[n], rtol=1e-3) for n, p in model.named_parameters() if n in first)
+    # Then A moves, slowly: its second moments are below the damping while B is small.
+    moved = {
+        n: (p - first.get(n, torch.zeros(())) * (1 - 1e-4) ** 4).abs().max()
+        for n, p in model.named_parameters()
+        if "lora_" in n
+    }
+    of_a, of_b = ([v for n, v in moved.items() if part in n] for part in ("lora_A", "lora_B"))
+    assert 1e-7 < min(of_a) <= max(of_a) < max(of_b) / 4
 
 
 def test_merged_and_saved(tmp_path):

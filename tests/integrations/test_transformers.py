@@ -241,11 +241,10 @@ class TestMetric:
         assert len(told) == 1
 
     def test_an_engine_is_refused_before_it_is_made(self, tmp_path):
-        class WithEngine(BLURTrainer):
-            is_deepspeed_enabled = property(lambda self: True, lambda self, value: None)
-
+        made = trainer(tmp_path)
+        made.is_deepspeed_enabled, made.args.metric = True, "retain"
         with pytest.raises(ValueError, match=r"`metric` must be 'euclidean' with an engine, got 'retain'.*FSDP2"):
-            trainer(tmp_path, cls=WithEngine, metric="retain")
+            made.read_arguments()
 
     def test_another_optimizer_is_refused(self, tmp_path):
         with pytest.raises(TypeError, match=r"must be AdamW, Adam or SGD with metric='retain', got torch's Adagrad"):
