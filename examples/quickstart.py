@@ -74,7 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
     WEIGHTED_SUM: {"rule": "weighted_sum", "gamma": 1.0, "retain_weight": 10.0, "lr": 3e-4},
     PROJECTED: {"rule": "blur", "gamma": 0.1, "lr": 3e-4},
     NORMALIZED: {"rule": "normalized", "gamma": 0.5, "lr": 3e-4},
-    # gamma is in units of lr here, whatever the loss: what AdamW does to the retain gradient it does to both.
+    # The forget term's step is gamma * lr in the root mean square, whatever the loss and however weak its gradient.
     IN_METRIC: {"rule": "blur", "metric": "retain", "gamma": 0.5, "lr": 3e-4},
 }
 
