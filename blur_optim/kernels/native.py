@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from blur_optim.kernels import foreach
-from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense
+from blur_optim.kernels.layout import are_contiguous, dense_alike, in_order_of, is_dense
 
 #: Environment variable that names another build of the extension than the installed one.
 LIBRARY_VARIABLE = "BLUR_OPTIM_LIBRARY"
@@ -68,7 +69,7 @@ def multi_tensor_dots(
     if not forget:
         return torch.zeros(num_rows, 3, dtype=torch.float64)
     forget, retain = in_one_order(forget, retain)
-    return cast(Tensor, _op("multi_tensor_dots")(forget, retain, list(rows), num_rows, list(scales)))
+    return cast(Tensor, _op("multi_tensor_dots")(forget, retain, _list(rows), num_rows, _list(scales)))
 
 
 def multi_tensor_blend_(
@@ -101,7 +102,7 @@ def multi_tensor_metric_dots(
     forget, retain = in_one_order(forget, retain)
     moments = [in_order_of_gradients(v, forget, retain) for v in (exp_avg_sqs, max_exp_avg_sqs)]
     dots = _op("multi_tensor_metric_dots")
-    return cast(Tensor, dots(forget, retain, *moments, list(rows), num_rows, metric.contiguous(), list(scales)))
+    return cast(Tensor, dots(forget, retain, *moments, _list(rows), num_rows, metric.contiguous(), _list(scales)))
 
 
 def multi_tensor_metric_blend_(
@@ -127,6 +128,8 @@ def multi_tensor_metric_blend_(
 
 def in_order_of_gradients(state: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[Tensor]:
     """``state`` with the elements of each tensor in the order of its gradients': as they are, or copies."""
+    if are_contiguous(state, forget, retain):
+        return _list(state)
     grads = (f if f.numel() else r for f, r in zip(forget, retain, strict=True))
     return [in_order_of(t, grad) for t, grad in zip(state, grads, strict=True)] if state else []
 
@@ -142,6 +145,8 @@ def metric_blend_the_unusual_(
     scales: Sequence[Tensor],
 ) -> list[int]:
     """As :func:`blend_the_unusual_`, with the second moments."""
+    if are_contiguous(retain, forget, exp_avg_sqs):
+        return list(range(len(retain)))
     dense: list[int] = []
     for i, (r, f, v) in enumerate(zip(retain, forget, exp_avg_sqs, strict=True)):
         present = [t for t in (r, f) if t.numel()]
@@ -155,8 +160,8 @@ def metric_blend_the_unusual_(
 
 def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients with the elements of each pair in one order: as they are, or copies where layouts are unusual."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
-        return list(forget), list(retain)
+    if are_contiguous(forget, retain):
+        return _list(forget), _list(retain)
     forget = [f if is_dense(f) else f.contiguous() for f in forget]
     retain = [
         in_order_of(r, f) if f.numel() == r.numel() else r.contiguous() for f, r in zip(forget, retain, strict=True)
@@ -172,7 +177,7 @@ def blend_the_unusual_(
     scales: Sequence[Tensor],
 ) -> list[int]:
     """Blend the pairs of unusual layout, whose results a copy would miss, by the other backend. The indices left."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
+    if are_contiguous(forget, retain):
         return list(range(len(retain)))
     dense: list[int] = []
     for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
@@ -185,7 +190,7 @@ def blend_the_unusual_(
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     if grads:
-        _op("multi_tensor_compress_")(list(values), list(scales), list(grads))
+        _op("multi_tensor_compress_")(list(values), _list(scales), list(grads))
         increment_version([*values, *scales])
 
 
@@ -205,15 +210,15 @@ def fused_adamw_(
     **options: Any,
 ) -> None:
     _op("fused_adamw_")(
-        *(list(tensors) for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(_list, (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
+        _list(rows),
         coefficients.contiguous(),
         steps,
         lr,
         **options,
-        scales=list(scales),
+        scales=_list(scales),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
+    increment_version(chain(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
 
 
 def fused_sgd_(
@@ -229,14 +234,14 @@ def fused_sgd_(
     **options: Any,
 ) -> None:
     _op("fused_sgd_")(
-        *(list(tensors) for tensors in (params, momentum_buffers, forget, retain)),
-        list(rows),
+        *map(_list, (params, momentum_buffers, forget, retain)),
+        _list(rows),
         coefficients.contiguous(),
         lr,
         **options,
-        scales=list(scales),
+        scales=_list(scales),
     )
-    increment_version([*params, *momentum_buffers])
+    increment_version(chain(params, momentum_buffers))
 
 
 def metric_adamw_(
@@ -256,16 +261,16 @@ def metric_adamw_(
     **options: Any,
 ) -> None:
     _op("metric_adamw_")(
-        *(list(tensors) for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(_list, (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
+        _list(rows),
         coefficients.contiguous(),
         steps,
         lr,
         metric.contiguous(),
         **options,
-        scales=list(scales),
+        scales=_list(scales),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
+    increment_version(chain(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
 
 
 def metric_sgd_(
@@ -283,15 +288,20 @@ def metric_sgd_(
     **options: Any,
 ) -> None:
     _op("metric_sgd_")(
-        *(list(tensors) for tensors in (params, momentum_buffers, exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(_list, (params, momentum_buffers, exp_avg_sqs, forget, retain)),
+        _list(rows),
         coefficients.contiguous(),
         lr,
         metric.contiguous(),
         **options,
-        scales=list(scales),
+        scales=_list(scales),
     )
-    increment_version([*params, *momentum_buffers, *exp_avg_sqs])
+    increment_version(chain(params, momentum_buffers, exp_avg_sqs))
+
+
+def _list(values: Sequence[Any]) -> list[Any]:
+    """What an operator takes as a list, without a copy where it is one."""
+    return values if isinstance(values, list) else list(values)
 
 
 def _op(name: str) -> Callable[..., Any]:

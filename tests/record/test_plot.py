@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from blur_optim.record import plot as plots
+from blur_optim.record import plot_alignment
 from blur_optim.record.plot_rows import MOST_ROWS, rows_of
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -132,7 +133,7 @@ class TestSteps:
 class TestAlignment:
     def figure(self, file):
         (run,) = plots._read([file]).values()
-        return plots._draw_alignment(plots._figure_class(), "run", run)
+        return plot_alignment.draw_alignment(plots._figure_class(), "run", run)
 
     def test_colours_are_centred_at_zero(self, tmp_path):
         (image,) = self.figure(write(tmp_path / "run.jsonl")).axes[0].images
