@@ -1,15 +1,19 @@
 """DistributedDataParallel: whether it has reduced what a phase computed."""
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from blur_optim.parallel.instances import instances
+
+# Wrappers made since somebody has begun to count.
+_made = 0
 
 
 class DataParallel:
@@ -17,9 +21,10 @@ class DataParallel:
 
     def __init__(self) -> None:
         self._wrappers: list[weakref.ref[Any]] | None = None
+        self._seen = 0
         self._before: list[tuple[Any, list[int]]] = []
 
-    def begin(self, params: Sequence[Tensor]) -> None:
+    def begin(self, params: Iterable[Tensor]) -> None:
         """A phase begins."""
         before = ((ddp, ddp.reducer.get_backward_stats()) for ddp in self._around(params))
         # The first backward of a static graph leaves no trace. It cannot run under no_sync() anyway.
@@ -34,37 +39,29 @@ class DataParallel:
             for ddp, stats in before
         )
 
-    def _around(self, params: Sequence[Tensor]) -> list[Any]:
+    def _around(self, params: Iterable[Tensor]) -> list[Any]:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return []
         alive = None if self._wrappers is None else [ref() for ref in self._wrappers]
-        if self._newly_held(params) or alive is None or None in alive:
+        if alive is None or None in alive or self._seen != _made:
+            _begin_to_count()
+            self._seen = _made
             ids = {id(p) for p in params}
             alive = [ddp for ddp in instances(DistributedDataParallel) if _reduces(ddp, ids)]
             self._wrappers = [weakref.ref(ddp) for ddp in alive]
         return alive
 
-    def _newly_held(self, params: Sequence[Tensor]) -> bool:
-        """Whether something has taken hold of where ``params`` accumulate since this was asked last.
 
-        Autograd makes the node at which a parameter's gradient is accumulated anew for each graph; a wrapper keeps it.
-        The first and the last parameter are asked; a wrapper around a part between them alone is not noticed.
-        """
-        found, mark = False, f"blur_optim {id(self)}"
-        ends = (next(filter(_accumulates, order), None) for order in (params, reversed(params)))
-        for p in (p for p in ends if p is not None):
-            if mark not in _metadata(p):
-                _metadata(p)[mark] = True
-                found = found or mark in _metadata(p)
-        return found
+def _count(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    """Count a wrapper where it takes the module that it wraps. It is not made yet, so that all is looked at later."""
+    global _made
+    if isinstance(module, DistributedDataParallel):
+        _made += 1
 
 
-def _metadata(param: Tensor) -> Any:
-    return get_gradient_edge(param).node.metadata
-
-
-def _accumulates(param: Tensor) -> bool:
-    return param.requires_grad and param.is_leaf and not hasattr(param, "to_local")
+@functools.cache
+def _begin_to_count() -> None:
+    register_module_module_registration_hook(_count)
 
 
 def _reduces(ddp: Any, ids: set[int]) -> bool:

@@ -15,6 +15,7 @@ from blur_optim.kernels.layout import dense_alike, is_dense
 from blur_optim.parallel.ranks import PLAIN, to_local
 from blur_optim.step.base_state import BaseState
 from blur_optim.step.pairs import Pairs
+from blur_optim.step.plan import any_missing
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _HALVES = frozenset((torch.bfloat16, torch.float16))
@@ -36,7 +37,7 @@ def which_fit(
     alike = len(dtypes) == 1 and dtypes <= _FLOATS and set(map(type, params)) <= PLAIN
     alike = alike and (grad_dtypes == dtypes or (dtypes == {torch.float32} and grad_dtypes <= _HALVES))
     if alike and contiguous and all(map(Tensor.is_contiguous, params)):
-        if state.known_to_fit(dtypes, moments):
+        if state.known_to_fit(dtypes, moments) and all(map(_are_contiguous, moments)):
             return []
         if all(_is_plain(m, dtypes) for values in moments for m in values if m is not None):
             state.remember_to_fit(dtypes, moments)
@@ -59,6 +60,12 @@ def fits(param: Tensor, forget: Tensor, retain: Tensor, moments: Sequence[Tensor
         return False
     others = [*(grad for grad in (forget, retain) if grad.numel()), *moments]
     return is_dense(param) and all(dense_alike(param, t) for t in others)
+
+
+def _are_contiguous(moments: list[Any]) -> bool:
+    """Whether those that are there still are: ``data`` may have given a tensor other memory, with other strides."""
+    present = [m for m in moments if m is not None] if any_missing(moments) else moments
+    return all(map(Tensor.is_contiguous, present))
 
 
 def _is_plain(moment: Tensor, dtypes: set[torch.dtype]) -> bool:

@@ -128,8 +128,8 @@ def _two_gradients(param: Tensor, stashed: Stashed | None) -> tuple[Tensor, Tens
 
 
 def _check_distinct(forget: Tensor, retain: Tensor) -> None:
-    # A fake tensor, for one, has no address to ask for.
-    if type(forget) is type(retain) is Tensor and forget.data_ptr() == retain.data_ptr() and forget.numel():
+    # A fake tensor, for one, has no address to ask for, and one on the device "meta" has none.
+    if type(forget) is type(retain) is Tensor and 0 != forget.data_ptr() == retain.data_ptr() and forget.numel():
         raise RuntimeError(
             "A retain gradient was written over a stashed forget gradient: something keeps the memory of p.grad and "
             "writes to it again. Under DistributedDataParallel pass gradient_as_bucket_view=False."

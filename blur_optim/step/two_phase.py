@@ -274,9 +274,9 @@ class TwoPhaseStep(UnderWay):
 
     def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
         # With many ranks, others may have what this one lacks.
-        if self._said_nothing or self.ranks.are_many or not self.params():
+        if self._said_nothing or self.ranks.are_many:
             return
-        if why := why_nothing_moves(gradients, projection):
+        if (why := why_nothing_moves(gradients, projection)) and self.params():
             self._said_nothing = True
             warnings.warn(why, stacklevel=_OUTSIDE)
 
