@@ -15,6 +15,8 @@ from blur_optim.record.record_file import Record, read_record
 
 FORMATS = ("png", "svg", "pdf")
 _OTHER = "#333333"
+#: Before the names of what is measured in the metric of the retain loss.
+_IN_METRIC = "metric_"
 _RUNS = (RETAIN, FORGET, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 #: Title, axis label, scale, and key, name, colour (of a single run) and style of each line.
 _PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str, str, str], ...]], ...] = (
@@ -80,7 +82,8 @@ def plot(
         formats: ``"png"``, ``"svg"``, ``"pdf"``.
 
     Returns:
-        The files written: ``<names of the runs>-steps.<format>`` and ``<name of the run>-alignment.<format>``.
+        The files written: ``<names of the runs>-steps.<format>``, ``<name of the run>-alignment.<format>``, and
+        ``<name of the run>-alignment-in-metric.<format>`` of a run with ``metric="retain"``.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -93,7 +96,10 @@ def plot(
     figure_class = _figure_class()
     figures = {f"{'-'.join(runs)}-steps": _draw_steps(figure_class, runs)}
     figures |= {
-        f"{name}-alignment": draw_alignment(figure_class, name, run) for name, run in runs.items() if aligned_steps(run)
+        f"{name}-alignment{suffix}": draw_alignment(figure_class, name, run, prefix)
+        for name, run in runs.items()
+        for prefix, suffix in (("", ""), (_IN_METRIC, "-in-metric"))
+        if aligned_steps(run, prefix)
     }
     folder = Path(files[0]).parent if output is None else Path(output)
     folder.mkdir(parents=True, exist_ok=True)
