@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from blur_optim.kernels import foreach
-from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense
+from blur_optim.kernels.unlike_layouts import (
+    blend_the_unusual_,
+    in_one_order,
+    in_order_of_gradients,
+    metric_blend_the_unusual_,
+)
 
 #: Environment variable that names another build of the extension than the installed one.
 LIBRARY_VARIABLE = "BLUR_OPTIM_LIBRARY"
@@ -123,64 +127,6 @@ def multi_tensor_metric_blend_(
     blend = _op("multi_tensor_metric_blend_")
     blend(r, f, v, coefficients.contiguous(), [rows[i] for i in dense], metric.contiguous(), found_inf, scales)
     increment_version([*v, *(x if x.numel() else y for x, y in zip(r, f, strict=True))])
-
-
-def in_order_of_gradients(state: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[Tensor]:
-    """``state`` with the elements of each tensor in the order of its gradients': as they are, or copies."""
-    grads = (f if f.numel() else r for f, r in zip(forget, retain, strict=True))
-    return [in_order_of(t, grad) for t, grad in zip(state, grads, strict=True)] if state else []
-
-
-def metric_blend_the_unusual_(
-    retain: Sequence[Tensor],
-    forget: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    coefficients: Tensor,
-    rows: Sequence[int],
-    metric: Tensor,
-    found_inf: Tensor | None,
-    scales: Sequence[Tensor],
-) -> list[int]:
-    """As :func:`blend_the_unusual_`, with the second moments."""
-    dense: list[int] = []
-    for i, (r, f, v) in enumerate(zip(retain, forget, exp_avg_sqs, strict=True)):
-        present = [t for t in (r, f) if t.numel()]
-        if is_dense(v) and all(dense_alike(t, v) for t in present):
-            dense.append(i)
-        else:
-            arguments = [r], [f], [v], coefficients, [rows[i]], metric[i : i + 1], found_inf, scales[i : i + 1]
-            foreach.multi_tensor_metric_blend_(*arguments)
-    return dense
-
-
-def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients with the elements of each pair in one order: as they are, or copies where layouts are unusual."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
-        return list(forget), list(retain)
-    forget = [f if is_dense(f) else f.contiguous() for f in forget]
-    retain = [
-        in_order_of(r, f) if f.numel() == r.numel() else r.contiguous() for f, r in zip(forget, retain, strict=True)
-    ]
-    return forget, retain
-
-
-def blend_the_unusual_(
-    retain: Sequence[Tensor],
-    forget: Sequence[Tensor],
-    coefficients: Tensor,
-    rows: Sequence[int],
-    scales: Sequence[Tensor],
-) -> list[int]:
-    """Blend the pairs of unusual layout, whose results a copy would miss, by the other backend. The indices left."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
-        return list(range(len(retain)))
-    dense: list[int] = []
-    for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
-        if dense_alike(r, f) if r.numel() and f.numel() else (r if r.numel() else f).is_contiguous():
-            dense.append(i)
-        else:
-            foreach.multi_tensor_blend_([r], [f], coefficients, [rows[i]], scales[i : i + 1])
-    return dense
 
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
