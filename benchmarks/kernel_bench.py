@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
     results: list[Result] = []
     for size, dtype, stash in product(arguments.sizes, arguments.dtype, arguments.stash):
         problem, gradients = make_problem(size, dtype, stash, device), gradients_of(dtype, stash)
-        options = arguments.backends, arguments.compile, clock, arguments.rounds, gradients, size
+        options = arguments.backends, arguments.compile, clock, arguments.rounds, gradients, size, arguments.operations
         for found in measure(problem, *options):
             show(f"{found[0].operation}, {gradients}, {size}", found, console)
             results += found
@@ -106,6 +106,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["16x8388608"], metavar="TENSORSxELEMENTS")
     fast = [name for name in BACKENDS if name != "reference"]
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help=f"default: all of {fast} that work here")
+    parser.add_argument(
+        "--operations",
+        nargs="+",
+        choices=EVERY_OPERATION,
+        default=list(EVERY_OPERATION),
+        metavar="OPERATION",
+        help=f"default: all of {list(EVERY_OPERATION)}",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; 1 measures CPU time")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
