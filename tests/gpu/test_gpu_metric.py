@@ -76,4 +76,4 @@ def test_a_whole_step_is_that_of_the_cpu(
         for _ in range(3):
             step(opt, problem)
         found.append([p.detach().cpu() for p in problem.params])
-    assert_params_close(*found, rtol=1e-5, atol=1e-5)
+    assert_params_close(found[0], found[1], rtol=1e-5, atol=1e-5)
