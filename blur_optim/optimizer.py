@@ -14,7 +14,7 @@ from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
 from blur_optim.step.base import check_base, make_base
 from blur_optim.step.dynamo import OutsideGraphs, outside
-from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults
+from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults, warn_of_weights
 from blur_optim.step.metric_step import MetricStep
 from blur_optim.step.phases import Phase
 from blur_optim.step.plan import check_weight
@@ -82,6 +82,9 @@ class BLUR(OptimizerWrapper):
     parameters, the others' joins u, not v. :math:`\beta_2` is the base's; for SGD ``metric_beta`` in the param groups,
     0.99. :math:`\bar v` is in the param groups (``retain_mean_sq``), so that a resumed run has the same bits.
 
+    Warns:
+        UserWarning: with ``metric="retain"``, a weight of a size that speaks of having been tuned without it.
+
     Raises:
         TypeError: ``base`` is not an optimizer, needs a closure of its own, or takes gradients in hooks in backward.
         ValueError: a value is out of range, or ``params`` are copies that FSDP2 has gathered for a forward pass.
@@ -120,6 +123,8 @@ class BLUR(OptimizerWrapper):
         own = _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
         super().__init__(made, {**own, **(metric_defaults(made) if metric == "retain" else {})})
         self._two_phase = self._make_two_phase()
+        if metric == "retain":
+            warn_of_weights(made)
         params = self._two_phase.plan.params
         if is_gathered(params):
             raise ValueError(

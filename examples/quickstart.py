@@ -2,9 +2,10 @@
 
     python examples/quickstart.py
 
-A small Llama learns twenty fictitious authors, twenty questions each. Then it is to forget the last two. Four
+A small Llama learns twenty fictitious authors, twenty questions each. Then it is to forget the last two. Five
 ways, on the same batches: gradient ascent alone, which destroys the model; a weighted sum of the forget and the
-retain loss; BLUR; and the sum of the normalized gradients. The yardstick is a model that never saw the two.
+retain loss; BLUR; the sum of the normalized gradients; and BLUR in the metric of the retain loss. The yardstick is
+a model that never saw the two.
 A second, shorter act shows forgetting where the two gradients are opposed.
 
 What matters is `make_optimizers`, `forget_and_retain` and `unlearn`; the rest is in quickstart_lib.
@@ -22,6 +23,7 @@ import copy
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from quickstart_lib import figure, table
@@ -54,6 +56,7 @@ from blur_optim.losses import ReferenceLogProbs, ga_loss, nll_loss, npo_loss, se
 
 BEFORE, YARDSTICK = "before", "without them"
 ASCENT, WEIGHTED_SUM, PROJECTED, NORMALIZED = "gradient ascent", "weighted sum", "BLUR", "normalized"
+IN_METRIC = "BLUR, retain metric"
 BATCH_SIZE = 8  # of each kind, in one step
 STEPS_BETWEEN_LOOKS = 5
 ROWS_TO_LOOK_AT = 80
@@ -63,17 +66,24 @@ Optimizers = dict[str, torch.optim.Optimizer]
 Models = dict[str, Model]
 
 
-def make_optimizers(models: Models, lr: float, gamma: float) -> Optimizers:
+# Each the best of its grid on seeds 1 and 2: 3 learning rates and 2 to 4 weights, by TUNED.
+METHODS: dict[str, dict[str, Any]] = {
+    # forget + 3 * retain. AdamW does not feel a common scale, so only the ratio counts.
+    WEIGHTED_SUM: {"rule": "weighted_sum", "gamma": 1.0, "retain_weight": 3.0, "lr": 3e-4},
+    PROJECTED: {"rule": "blur", "gamma": 0.3, "lr": 3e-4},
+    NORMALIZED: {"rule": "normalized", "gamma": 0.3, "lr": 3e-4},
+    IN_METRIC: {"rule": "blur", "metric": "retain", "gamma": 1.0, "lr": 3e-4},
+}
+
+
+def make_optimizers(models: Models, options: argparse.Namespace) -> Optimizers:
     """Return one optimizer a method. BLUR takes the place of AdamW; its rule says how the two gradients meet."""
-    params = {name: model.parameters() for name, model in models.items()}
-    adamw = {"base": torch.optim.AdamW, "lr": lr, "weight_decay": 0.01}
-    return {
-        # forget + 3 * retain. AdamW does not feel a common scale, so only the ratio counts.
-        WEIGHTED_SUM: BLUR(params[WEIGHTED_SUM], rule="weighted_sum", gamma=1.0, retain_weight=3.0, **adamw),
-        PROJECTED: BLUR(params[PROJECTED], rule="blur", gamma=gamma, **adamw),
-        NORMALIZED: BLUR(params[NORMALIZED], rule="normalized", gamma=gamma, **adamw),
-        ASCENT: torch.optim.AdamW(params[ASCENT], lr=lr, weight_decay=0.01),
-    }
+    optimizers: Optimizers = {ASCENT: torch.optim.AdamW(models[ASCENT].parameters(), lr=options.lr or 3e-4)}
+    for name, own in METHODS.items():
+        chosen = {"lr": options.lr, "gamma": options.gamma if own["rule"] != "weighted_sum" else None}
+        given = {option: value for option, value in chosen.items() if value is not None}
+        optimizers[name] = BLUR(models[name].parameters(), torch.optim.AdamW, weight_decay=0.01, **{**own, **given})
+    return optimizers
 
 
 def forget_and_retain(
@@ -126,8 +136,8 @@ def unlearn(
     progress: Progress,
 ) -> tuple[Models, dict[str, Trace]]:
     """Let every method forget, step by step side by side: the same batches, and a fair comparison of times."""
-    models = {name: copy.deepcopy(before) for name in (ASCENT, WEIGHTED_SUM, PROJECTED, NORMALIZED)}
-    optimizers = make_optimizers(models, options.lr, options.gamma)
+    models = {name: copy.deepcopy(before) for name in (ASCENT, *METHODS)}
+    optimizers = make_optimizers(models, options)
     epoch = math.ceil(len(forget) / BATCH_SIZE)
     warm_ups = [LambdaLR(opt, lambda step: min(1.0, (step + 1) / epoch)) for opt in optimizers.values()]
     forget_batches = endless_batches(forget, BATCH_SIZE, options.seed, before.device)
@@ -223,7 +233,7 @@ def main() -> None:
     )
     figure.draw(results, BEFORE, YARDSTICK, options.out / "quickstart.png")
     write_json(options.out / "quickstart.json", results.to_json(as_settings(options), WEIGHTED_SUM))
-    table.tell(console, results, (PROJECTED, NORMALIZED), WEIGHTED_SUM)
+    table.tell(console, results, (PROJECTED, NORMALIZED, IN_METRIC), WEIGHTED_SUM)
     console.print(f"Figure and numbers: {options.out / 'quickstart.png'}, {options.out / 'quickstart.json'}")
 
 

@@ -167,6 +167,12 @@ def main() -> None:
     folder = RunFolder(options.out, facts)
     args = make_arguments(options, folder.training)
     tell_data(console, data)
+    if options.metric == "retain" and options.stop_at is None:
+        console.print(
+            "--metric retain does not stop by itself: --stop-at FILE ends the run where the rows to forget are as "
+            "improbable as rows never seen.",
+            soft_wrap=True,
+        )
     something_to_do = prepare(options, args, folder)
     if options.dry_run:
         tell_plan(console, tokenizer, data, options)

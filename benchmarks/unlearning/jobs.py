@@ -69,23 +69,27 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def spawning(processes: int) -> ProcessPoolExecutor:
+    """Return a pool whose processes begin with its first call, and import what they need once for all calls."""
+    # A forked process would inherit torch's thread pool in an unusable state.
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+
+
 def run_side_by_side(
-    calls: Iterable[tuple[Any, ...]], work: Callable[..., Any], processes: int, done: Callable[[Any], None]
+    calls: Iterable[tuple[Any, ...]], work: Callable[..., Any], pool: ProcessPoolExecutor, done: Callable[[Any], None]
 ) -> None:
-    """Call ``work(*call)`` for each call, several processes at a time, and ``done(result)`` as they come.
+    """Call ``work(*call)`` for each call in the processes of ``pool``, and ``done(result)`` as they come.
 
     Raises:
-        Exception: the first one in a process; what had been begun is finished, the rest is left.
+        Exception: the first one in a process; what had been begun is finished, the rest is left, the pool is shut.
     """
-    context = get_context("spawn")  # A forked process would inherit torch's thread pool in an unusable state.
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures: list[Future[Any]] = [pool.submit(work, *call) for call in calls]
-        try:
-            for future in as_completed(futures):
-                done(future.result())
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                for process in active_children():  # Who interrupts does not want to wait; files are written whole.
-                    process.terminate()
-            raise
+    futures: list[Future[Any]] = [pool.submit(work, *call) for call in calls]
+    try:
+        for future in as_completed(futures):
+            done(future.result())
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, KeyboardInterrupt):
+            for process in active_children():  # Who interrupts does not want to wait; files are written whole.
+                process.terminate()
+        raise

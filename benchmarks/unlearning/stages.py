@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.progress import Progress
 from shared_lib.errors import InputError
 from shared_lib.versions import installed_versions
 
-from .jobs import SWEEP, TUNE, Job, result_file, run_side_by_side, setting_folder, write_json, yardstick_file
+from .jobs import SWEEP, TUNE, Job, result_file, run_side_by_side, setting_folder, spawning, write_json, yardstick_file
 from .loop import KINDS
 from .methods import FORGET_ONLY, parse_method, weight_scale
 from .report.compare import Point, crossings, hypervolume, lowest_at
@@ -35,15 +36,16 @@ def run_setting(settings: Settings, cache: Path, processes: int, command: str, p
     """Do what is not done yet, and return the folder with the results."""
     folder = setting_folder(cache, settings)
     check_sources(settings, folder)
-    each = Stage(settings, cache, processes, progress)
-    each.run("models", train, [pair for pair in _models(settings) if not is_trained(cache, settings, *pair)])
-    for role in ROLES:
-        missing = [n for n in _numbers(settings, role) if not yardstick_file(folder, role, n).is_file()]
-        each.run(f"scores of the {role}", measure, [(role, n) for n in missing])
-    each.run("tuning", unlearn, _missing(folder, tuning_jobs(settings)))
-    selected = select(settings, folder)
-    describe(settings, folder, selected, command)
-    each.run("sweep", unlearn, _missing(folder, sweep_jobs(settings, selected)))
+    with spawning(processes) as pool:
+        each = Stage(settings, cache, pool, progress)
+        each.run("models", train, [pair for pair in _models(settings) if not is_trained(cache, settings, *pair)])
+        for role in ROLES:
+            missing = [n for n in _numbers(settings, role) if not yardstick_file(folder, role, n).is_file()]
+            each.run(f"scores of the {role}", measure, [(role, n) for n in missing])
+        each.run("tuning", unlearn, _missing(folder, tuning_jobs(settings)))
+        selected = select(settings, folder)
+        describe(settings, folder, selected, command)
+        each.run("sweep", unlearn, _missing(folder, sweep_jobs(settings, selected)))
     return folder
 
 
@@ -82,15 +84,15 @@ def _digest(path: Path) -> str:
 class Stage:
     """Runs calls side by side under a progress bar."""
 
-    def __init__(self, settings: Settings, cache: Path, processes: int, progress: Progress) -> None:
-        self.settings, self.cache, self.processes, self.progress = settings, cache, processes, progress
+    def __init__(self, settings: Settings, cache: Path, pool: ProcessPoolExecutor, progress: Progress) -> None:
+        self.settings, self.cache, self.pool, self.progress = settings, cache, pool, progress
 
     def run(self, title: str, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> None:
         calls = [(self.cache, self.settings, *call) for call in calls]
         if not calls:
             return
         bar = self.progress.add_task(f"{self.settings.name}: {title}", total=len(calls), note="")
-        run_side_by_side(calls, work, self.processes, lambda result: self.progress.advance(bar))
+        run_side_by_side(calls, work, self.pool, lambda result: self.progress.advance(bar))
 
 
 def _models(settings: Settings) -> list[tuple[str, int]]:

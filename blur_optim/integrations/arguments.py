@@ -26,7 +26,9 @@ class BLURArguments:
     They are read when a run begins, so a hyperparameter search may set them, or a user between two runs.
 
     ``max_grad_norm`` is the Trainer's own clipping, of the update u: the Trainer takes that norm for its log whether it
-    clips or not, so BLUR's closed form would save nothing, and this one works under every precision and wrapper.
+    clips or not, so BLUR's closed form would save nothing, and this one works under every precision and wrapper. With
+    ``metric="retain"`` the Trainer's default of 1 may clip every step, which is a smaller learning rate: it is then
+    said, and ``max_grad_norm=0`` switches it off.
 
     Raises:
         ValueError: a value is out of range, or ``stash="recompute"``, which a Trainer's step does not allow.
@@ -41,7 +43,10 @@ class BLURArguments:
         default=None, metadata={"help": "Inverse temperature of npo and dpo (default 0.1), simnpo (default 2.5)."}
     )
     simnpo_delta: float = field(default=0.0, metadata={"help": "Reward margin of simnpo."})
-    gamma: float = field(default=1.0, metadata={"help": "Weight of the forget gradient, >= 0."})
+    gamma: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the forget gradient, >= 0; in the metric 'retain' its step in units of the rate."},
+    )
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain gradient, the paper's alpha."})
     rule: str = field(default="blur", metadata={"help": "How the two gradients combine; see docs/method.md."})
     normalize: bool = field(default=False, metadata={"help": "Apply the rule to gradients of length 1."})

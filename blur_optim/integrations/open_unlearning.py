@@ -49,8 +49,8 @@ def make_trainer(method: Any, grad_diff: Any) -> type:
         """A method of the project with BLUR's step (arXiv:2506.08164) in the place of the weighted sum.
 
         Its ``method_args`` are those of the method, by the project's names and with the project's defaults: ``gamma``
-        and ``alpha`` weigh the two gradients. Beside them ``rule``, ``normalize``, ``scope``, ``stash``, ``backend``:
-        see :class:`blur_optim.BLUR`.
+        and ``alpha`` weigh the two gradients. Beside them ``rule``, ``normalize``, ``scope``, ``stash``, ``backend``,
+        ``metric``, ``damping``: see :class:`blur_optim.BLUR`.
 
         Raises:
             ValueError: an option is none that BLUR takes, or the Trainer is set up in a way that BLUR refuses.

@@ -9,6 +9,7 @@ engine has the gradients, and steps; what the Trainer does of it then does nothi
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
@@ -18,7 +19,7 @@ import torch
 from packaging import version
 from torch import Tensor, nn
 
-from blur_optim.integrations.deepspeed import DeepSpeedBLUR
+from blur_optim.integrations.deepspeed.optimizer import DeepSpeedBLUR, check_metric
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
 from blur_optim.optimizer import BLUR
@@ -26,6 +27,8 @@ from blur_optim.step.plan import own_name
 from blur_optim.step.rules import UserRule
 
 _STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
+#: Logged updates that were all clipped before it is said what that means in the retain metric.
+_CLIPPED_BEFORE_SAID = 5
 
 
 class BLURStepMixin:
@@ -44,6 +47,7 @@ class BLURStepMixin:
     _engine_blur: DeepSpeedBLUR | None = None
     _pending: list[dict[str, Any]]
     _loss_sums: Tensor
+    _clipped = 0
     model: Any
     #: With older ones a gradient comes out wrong (4.45: divided by the accumulation twice) or a resumed run does.
     oldest_transformers = "4.57.6"
@@ -55,6 +59,8 @@ class BLURStepMixin:
             ValueError: the Trainer is set up in a way that leaves no place for two gradients.
         """
         _check_trainer(self)
+        if getattr(self, "is_deepspeed_enabled", False):
+            check_metric(options.get("metric", "euclidean"))
         self.forget_loss, self.retain_loss, self.blur_options = forget_loss, retain_loss, options
         self._pending, self._loss_sums, self.last_losses = [], torch.zeros(3), None
 
@@ -209,7 +215,23 @@ class BLURStepMixin:
         for name, value in {} if statistics is None else statistics.to_dict().items():
             # With one value for each param group: the Trainer has two, for weight decay, which mean nothing here.
             logs[f"blur_{name}"] = fmean(value) if isinstance(value, list) else value
+        self._watch_clipping(logs.get("blur_update_norm", 0.0))
         return logs
+
+    def _watch_clipping(self, update_norm: float) -> None:
+        """Say once where clipping has become a smaller learning rate, which Adam's own denominator would undo."""
+        limit = self.args.max_grad_norm
+        if not limit or self.blur.metric != "retain":
+            return
+        self._clipped = self._clipped + 1 if update_norm > limit else 0
+        if self._clipped == _CLIPPED_BEFORE_SAID and self.state.is_world_process_zero:
+            warnings.warn(
+                f"The last {_CLIPPED_BEFORE_SAID} updates that were logged were all clipped, the last from a norm of "
+                f"{update_norm:.3g} to max_grad_norm={limit:g}. With metric='retain' that is a learning rate of "
+                f"{limit / update_norm:.2g} times the one given. Set max_grad_norm=0, or a limit above the usual "
+                "blur_update_norm.",
+                stacklevel=2,
+            )
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -239,7 +261,9 @@ def blur_options(
         )
     options: dict[str, Any] = {"gamma": gamma, "retain_weight": retain_weight, "rule": rule, "normalize": normalize}
     options |= {"scope": scope, "stash": stash, "metric": metric, "damping": damping}
-    BLUR([torch.zeros(1)], torch.optim.SGD, **options)  # To have them checked now; a backend depends on the device.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The optimizer itself will say it.
+        BLUR([torch.zeros(1)], torch.optim.SGD, **options)  # To have them checked now; a backend depends on the device.
     return {**options, "backend": backend}
 
 

@@ -16,6 +16,8 @@ from blur_optim.record.record_file import Record, read_record
 FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito's colours, told apart by the colour-blind too.
 _FORGET, _RETAIN, _OTHER = "#d55e00", "#0072b2", "#333333"
+#: Before the names of what is measured in the metric of the retain loss.
+_IN_METRIC = "metric_"
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 #: Title, axis label, scale, and key, name, colour (of a single run) and style of each line.
 _PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str, str, str], ...]], ...] = (
@@ -81,7 +83,8 @@ def plot(
         formats: ``"png"``, ``"svg"``, ``"pdf"``.
 
     Returns:
-        The files written: ``<names of the runs>-steps.<format>`` and ``<name of the run>-alignment.<format>``.
+        The files written: ``<names of the runs>-steps.<format>``, ``<name of the run>-alignment.<format>``, and
+        ``<name of the run>-alignment-in-metric.<format>`` of a run with ``metric="retain"``.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -94,9 +97,10 @@ def plot(
     figure_class = _figure_class()
     figures = {f"{'-'.join(runs)}-steps": _draw_steps(figure_class, runs)}
     figures |= {
-        f"{name}-alignment": _draw_alignment(figure_class, name, run)
+        f"{name}-alignment{suffix}": _draw_alignment(figure_class, name, run, prefix)
         for name, run in runs.items()
-        if _aligned_steps(run)
+        for prefix, suffix in (("", ""), (_IN_METRIC, "-in-metric"))
+        if _aligned_steps(run, prefix)
     }
     folder = Path(files[0]).parent if output is None else Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,20 +230,28 @@ def _headline(runs: Mapping[str, Record]) -> str:
 # -- By layer and step -----------------------------------------------------------------------------------------------
 
 
-def _aligned_steps(run: Record) -> list[dict[str, Any]]:
-    """The steps with one cosine for each name of the metadata, at least one of which is a number."""
+_ALIGNMENT = ("cosine", "forget_norm", "retain_norm")
+
+
+def _aligned_steps(run: Record, prefix: str = "") -> list[tuple[int, dict[str, list[float | None]]]]:
+    """Number and alignment, plain or in the metric, of the steps with one value for each name of the metadata.
+
+    At least one cosine is a number.
+    """
     size = len(run.metadata.get("parameters", ()))
-    return [
-        step
-        for step in run.steps
-        if len(cosines := step.get("alignment", {}).get("cosine", ())) == size and any(c is not None for c in cosines)
-    ]
+    found = []
+    for step in run.steps:
+        alignment = {name: step.get("alignment", {}).get(prefix + name, []) for name in _ALIGNMENT}
+        is_whole = all(len(values) == size for values in alignment.values())
+        if is_whole and any(cosine is not None for cosine in alignment["cosine"]):
+            found.append((step["step"], alignment))
+    return found
 
 
-def _draw_alignment(figure_class: Any, name: str, run: Record) -> Any:
+def _draw_alignment(figure_class: Any, name: str, run: Record, prefix: str = "") -> Any:
     """Draw the cosine of the two gradients within each row by step; the bar on the right: where the gradients are."""
-    steps, rows = _aligned_steps(run), rows_of(run.metadata["parameters"])
-    table = [[_cosine(step["alignment"], row) for step in steps] for row in rows]
+    steps, rows = _aligned_steps(run, prefix), rows_of(run.metadata["parameters"])
+    table = [[_cosine(alignment, row) for _, alignment in steps] for row in rows]
     few = len(rows) <= 64
     figure = figure_class(figsize=(11, 1.5 + (0.17 if few else 0.13) * max(len(rows), 10)), layout="constrained")
     axis, bars = figure.subplots(1, 2, sharey=True, width_ratios=[8, 1])
@@ -248,30 +260,33 @@ def _draw_alignment(figure_class: Any, name: str, run: Record) -> Any:
     axis.set_facecolor("#dddddd")  # Where there is no value.
     axis.set_yticks(range(len(rows)), _labels(rows), fontsize=7 if few else 6)
     axis.set_xlabel("step")
-    axis.set_title(f"{name}: cosine of forget and retain gradient, within the parameters", fontsize=11)
+    where = ", in the metric of the retain loss" if prefix else ""
+    axis.set_title(f"{name}: cosine of forget and retain gradient, within the parameters{where}", fontsize=11)
     every = max(1, math.ceil(len(steps) / 12))
-    axis.set_xticks(range(0, len(steps), every), [str(step["step"]) for step in steps[::every]])
+    axis.set_xticks(range(0, len(steps), every), [str(number) for number, _ in steps[::every]])
     for y, (row, before) in enumerate(zip(rows[1:], rows[:-1], strict=True)):
         if row.layer != before.layer and row.label != "all":
             axis.axhline(y + 0.5, color="white", linewidth=1.5)
-    _draw_shares(bars, steps, rows)
+    _draw_shares(bars, [alignment for _, alignment in steps], rows, "P" if prefix else "")
     for each in (axis, bars):
         each.tick_params(length=0, axis="y")
         each.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=bars, location="right", aspect=30)
-    bar.set_label(r"$\cos(g_f, g_r)$:  red opposes, blue agrees")
+    bar.set_label(rf"$\cos{'_P' if prefix else ''}(g_f, g_r)$:  red opposes, blue agrees")
     bar.outline.set_visible(False)
     return figure
 
 
-def _draw_shares(axis: Any, steps: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> None:
+def _draw_shares(
+    axis: Any, alignments: Sequence[Mapping[str, Sequence[float | None]]], rows: Sequence[Row], metric: str
+) -> None:
     """Draw each row's share of the squared norm of the gradients, the mean over steps: a cosine may matter little."""
     for offset, key, colour in ((-0.2, "forget_norm", _FORGET), (0.2, "retain_norm", _RETAIN)):
-        squares = [[_square(step["alignment"], key, row) for row in rows] for step in steps]
+        squares = [[_square(alignment, key, row) for row in rows] for alignment in alignments]
         shares = [fmean(values) for values in zip(*([v / (sum(s) or 1.0) for v in s] for s in squares), strict=True)]
         label = key.removesuffix("_norm")
         axis.barh([y + offset for y in range(len(rows))], shares, height=0.38, color=colour, label=label)
-    axis.set_title("share of ‖g‖²", fontsize=9)
+    axis.set_title(rf"share of $\|g\|{f'_{metric}' if metric else ''}^2$", fontsize=9)
     axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axis.tick_params(axis="x", labelsize=7)
     axis.tick_params(axis="y", labelleft=False)

@@ -45,9 +45,10 @@ class Recorder:
             step numbers go on from its last.
         opt: the optimizer, without what a framework has put around it.
         every: record the first step and each whose number divides by this.
-        alignment: record cosine and norms within each parameter too, whatever the scope: the kernels keep them apart
-            in the pass that they make anyway. The sums over parameters are then rounded otherwise: in float64 with
-            ``native``, within float32 chunks with ``foreach``. Their all-reduce carries three numbers a parameter.
+        alignment: record cosine and norms within each parameter too, with ``metric="retain"`` those in the metric
+            beside the plain ones, whatever the scope: the kernels keep them apart in the pass that they make anyway.
+            The sums over parameters are then rounded otherwise: in float64 with ``native``, within float32 chunks with
+            ``foreach``. Their all-reduce carries three numbers a parameter, ten in the metric.
         tensorboard: folder of a TensorBoard run.
         model: names the parameters. Not needed where ``opt`` was given ``model.named_parameters()``.
         step: the number of the last step taken, where a run is resumed from an older checkpoint than the file's end.
@@ -176,8 +177,11 @@ class Recorder:
             recorded["alignment.cosine"] = statistics.parameter_cosines
             recorded["alignment.forget_norm"] = dots.forget_norm_sq.sqrt()
             recorded["alignment.retain_norm"] = dots.retain_norm_sq.sqrt()
-        if statistics.parameter_metric_cosines is not None:
+        in_metric = statistics.parameters_in_metric
+        if in_metric is not None and statistics.parameter_metric_cosines is not None:
             recorded["alignment.metric_cosine"] = statistics.parameter_metric_cosines
+            recorded["alignment.metric_forget_norm"] = in_metric.dots.forget_norm_sq.sqrt()
+            recorded["alignment.metric_retain_norm"] = in_metric.dots.retain_norm_sq.sqrt()
         return recorded
 
     def _by_row(self, values: list[float], places: list[str]) -> Any:

@@ -5,6 +5,7 @@ bias-corrected running mean of :math:`g_r^2` and :math:`\bar v` its mean over al
 it. It is the denominator of Adam, in which the forget gradient has no part. See docs/method.md.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any, cast
@@ -35,6 +36,8 @@ DEFAULT_BETA = 0.99
 #: weaker than the retain gradient is done with: from there on the forget term fades as its loss wants it to. Without it
 #: a bounded loss, whose gradient falls exponentially, is scaled up until float32 overflows.
 SMALLEST_RMS = 1e-8
+#: Weights that are usual here, where they are steps in units of lr; one outside was likely tuned for plain gradients.
+USUAL_WEIGHTS = 0.01, 10.0
 # SGD has no eps.
 _EPS = 1e-8
 # Columns of the table beside those of the kernels' dots.
@@ -50,9 +53,9 @@ def check_metric_base(base: Optimizer) -> None:
     """
     if type(base) not in (AdamW, Adam, SGD):
         raise TypeError(
-            f"`base` must be AdamW, Adam or SGD with metric='retain', got {type(base).__name__}: the step is taken "
-            "with a second moment of the retain gradient alone, which its own step would feed with the update. Use "
-            "metric='euclidean', or one of these three."
+            f"`base` must be AdamW, Adam or SGD with metric='retain', got {type(base).__module__.partition('.')[0]}'s "
+            f"{type(base).__name__}: the step is taken with a second moment of the retain gradient alone, which its "
+            "own step would feed with the update. Use metric='euclidean', or one of these three of torch.optim."
         )
     for group in base.param_groups:
         for name in ("capturable", "differentiable"):
@@ -84,6 +87,26 @@ def metric_defaults(base: Optimizer) -> dict[str, Any]:
     """What the param groups hold beside ``gamma`` and ``retain_weight``."""
     mean = {MEAN: torch.full((), torch.nan, dtype=torch.float64)}
     return mean if "betas" in base.defaults else {**mean, BETA: DEFAULT_BETA}
+
+
+def warn_of_weights(base: Optimizer) -> None:
+    """Say so where a weight is of a size that means something else here than it does for plain gradients.
+
+    Warns:
+        UserWarning: ``gamma`` or ``retain_weight`` of a param group is outside of ``USUAL_WEIGHTS``; 0 is a choice, and
+            so is a small ``retain_weight``.
+    """
+    least, most = USUAL_WEIGHTS
+    for name, term, usual in (("gamma", "forget", "0.3 to 1"), ("retain_weight", "retain", "1")):
+        low = least if name == "gamma" else 0.0
+        values = {float(g[name]) for g in base.param_groups if isinstance(g[name], Real)}
+        if unusual := sorted(value for value in values if value and not low <= value <= most):
+            warnings.warn(
+                f"`{name}` is {unusual[-1]:g}. With metric='retain' it is the size of the {term} term's step in units "
+                f"of lr, whatever the scale of its loss, and {usual} is usual: a value that was tuned without the "
+                "metric does not carry over. See docs/method.md.",
+                stacklevel=3,
+            )
 
 
 def check_beta(value: Any) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared_lib.arguments import not_negative, positive, whole
+from shared_lib.method import add_rule_and_metric, check_metric
 
 DESCRIPTION = """\
 Let a causal language model of any size forget with BLUR, sharded over N processes by FSDP2.
@@ -25,8 +26,6 @@ examples:
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORGET_LOSSES = ("npo", "ga", "simnpo")
-RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
-METRICS = ("euclidean", "retain")
 STASHES = ("reference", "bfloat16", "int8", "cpu", "recompute")
 
 
@@ -39,6 +38,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         add(parser)
     with first_rank_speaks():
         options = parser.parse_args(arguments)
+        check_metric(parser, options)
         if options.resume and not options.out.is_dir():
             parser.error(f"argument --resume: there is nothing to resume in {options.out}, which does not exist")
     # The arguments are those of the first start.
@@ -124,16 +124,7 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("BLUR over AdamW")
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument("--retain-weight", type=positive, default=1.0, metavar="X", help="(default: 1)")
-    group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
-    group.add_argument(
-        "--metric",
-        choices=METRICS,
-        default="euclidean",
-        help="retain weighs each coordinate by what the retain loss makes of it; docs/method.md (default: euclidean)",
-    )
-    group.add_argument(
-        "--damping", type=not_negative, default=0.01, metavar="X", help="of the retain metric (default: 0.01)"
-    )
+    add_rule_and_metric(group)
     group.add_argument(
         "--stash",
         choices=STASHES,
@@ -143,7 +134,13 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=positive, default=1e-5, metavar="X", help="learning rate (default: 1e-5)")
     group.add_argument("--warmup", type=whole(0), default=0, metavar="N", help="steps of rising lr (default: 0)")
     group.add_argument("--weight-decay", type=not_negative, default=0.01, metavar="X", help="(default: 0.01)")
-    group.add_argument("--max-grad-norm", type=positive, metavar="X", help="clip the update's norm (default: none)")
+    group.add_argument(
+        "--max-grad-norm",
+        type=positive,
+        metavar="X",
+        help="clip the update's norm; with --metric retain a limit that every step exceeds is a smaller --lr "
+        "(default: none)",
+    )
 
 
 def _add_sharding(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from shared_lib.errors import BAD_INPUT, FAILED, InputError
+from shared_lib.parting import part
 
 from .options import restarts
 
@@ -50,10 +51,7 @@ def run(main: Callable[[], None]) -> int:
         return _leave(f"Error: {error.strerror or error}{where}.", FAILED)
     except KeyboardInterrupt:
         return _leave("Interrupted. Go on from the last checkpoint with --resume.", INTERRUPTED, wait=False)
-    if dist.is_initialized():
-        dist.barrier()  # A process that left gloo early would take the others down.
-        dist.destroy_process_group()
-    return 0
+    return part() if dist.is_initialized() else 0
 
 
 def _leave(message: str, code: int, wait: bool = True) -> int:
@@ -63,6 +61,4 @@ def _leave(message: str, code: int, wait: bool = True) -> int:
         time.sleep(2)  # If the first has the same to say, it has ended meanwhile, and torchrun ends this process.
     if wait or not rank:
         print(message if not rank else f"Process {rank}: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(code)  # The others may wait in a collective operation; cleaning up would wait for them.
-    return code
+    return part(code) if dist.is_initialized() else code

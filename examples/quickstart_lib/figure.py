@@ -18,6 +18,7 @@ COLOURS = {
     "weighted sum": "#0072b2",
     "BLUR": "#d55e00",
     "normalized": "#009e73",
+    "BLUR, retain metric": "#cc79a7",
 }  # Okabe and Ito's, told apart by the colour-blind too
 
 
@@ -84,6 +85,9 @@ def _style(name: str) -> dict[str, Any]:
 def _draw_cosines(axis: Axes, traces: Mapping[str, Trace]) -> None:
     for name, trace in _with_two_gradients(traces).items():
         axis.plot([step["cosine"] for step in trace.steps], label=name, **_style(name))
+        if "metric_cosine" in trace.steps[0]:
+            cosines = [step["metric_cosine"] for step in trace.steps]
+            axis.plot(cosines, label=f"{name}: in it", **{**_style(name), "linestyle": ":"})
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(title="Cosine of forget and retain gradient", xlabel="step", ylabel="cos(g_f, g_r)")
     axis.legend(fontsize=8)

@@ -10,7 +10,8 @@ from shared_lib.rows import MIN_AUTHORS
 
 DESCRIPTION = """\
 A language model learns twenty authors, then forgets two of them and keeps the rest: with a weighted sum of the
-two losses, with BLUR, and with the normalized rule. Prints a table; writes quickstart.png and quickstart.json."""
+two losses, with BLUR, with the normalized rule, and with BLUR in the metric of the retain loss. Prints a table;
+writes quickstart.png and quickstart.json."""
 
 EXAMPLES = """\
 examples:
@@ -28,7 +29,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _add_how(parser)
     options = parser.parse_args(arguments)
     small = options.model is None
-    options.lr = options.lr or (3e-4 if small else 2e-5)
+    options.lr = options.lr or (None if small else 2e-5)
     options.learning_lr = options.learning_lr or (3e-3 if small else 1e-4)
     return options
 
@@ -52,7 +53,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         metavar="NAME_OR_PATH",
-        help="start from this causal LM of the hub or of a folder; six copies of it are in memory at once. "
+        help="start from this causal LM of the hub or of a folder; seven copies of it are in memory at once. "
         "Without it: a small Llama, trained from nothing",
     )
     group.add_argument(
@@ -69,14 +70,17 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     number = whole(at_least=1)
     group.add_argument("--steps", type=number, default=50, metavar="N", help="unlearning steps (default: 50)")
     group.add_argument(
-        "--lr", type=positive, metavar="X", help="learning rate of unlearning (default: 3e-4; with --model 2e-5)"
+        "--lr",
+        type=positive,
+        metavar="X",
+        help="learning rate of unlearning, of all methods (default: each its own, tuned for the small model; with "
+        "--model 2e-5)",
     )
     group.add_argument(
         "--gamma",
         type=positive,
-        default=0.3,
         metavar="X",
-        help="weight of the forget gradient, of BLUR and of the normalized rule (default: 0.3)",
+        help="weight of the forget gradient, of all but the weighted sum (default: each its own)",
     )
     group.add_argument(
         "--epochs", type=number, default=30, metavar="N", help="learn for at most N epochs (default: 30)"

@@ -15,8 +15,16 @@ LEGEND = (
     "probability: of the true answer, per token. ROUGE-L: how much of the true answer the model says. truth ratio: "
     "how probable wrong answers are beside the true one, reworded; from 1 on, the model cannot tell them apart. "
     "cos: of the angle between the two gradients, mean over the steps. time: of a step, over the weighted sum's. "
+    "retain metric: the step that costs the retain loss least, docs/method.md. "
     "The goal is the last column, the model that never saw the forgotten authors."
 )
+_NARROW_HEADINGS = {
+    "before": "be-\nfore",
+    "gradient ascent": "gra-\ndient\nascent",
+    "weighted sum": "weigh-\nted\nsum",
+    "normalized": "nor-\nmal-\nized",
+    "without them": "with-\nout\nthem",
+}
 _PURPOSE = {"forget": "to forget", "retain": "to retain", "untouched": "known before and left untouched"}
 DIGITS = (
     "A small network is to have no opinion on 40 images of a three (KL to uniform) and keep the rest, other threes "
@@ -90,9 +98,8 @@ def print_scores(console: Console, results: Results, baseline: str) -> None:
 
 
 def _heading(name: str, width: int) -> str:
-    if name == "normalized" and width < NARROW:
-        return "normal-\nized"
-    return name.replace(" ", "\n")
+    broken = _NARROW_HEADINGS.get(name) if width < NARROW else None
+    return broken or name.replace(" ", "\n")
 
 
 def _add_kind(table: Table, results: Results, kind: str) -> None:

@@ -46,7 +46,8 @@ def _what(settings: Mapping[str, Any]) -> str:
     saved = ", kept apart: load it on the base model" if settings["keep_adapter"] else ""
     return (
         f"`{settings['model']}` after unlearning with BLUR ([arXiv:2506.08164](https://arxiv.org/abs/2506.08164)): "
-        f"forget loss {settings['method']}, retain loss {settings['retain_loss']}, rule {settings['rule']}; trained: "
+        f"forget loss {settings['method']}, retain loss {settings['retain_loss']}, rule {settings['rule']}, metric "
+        f"{settings['metric']}; trained: "
         f"{how}{saved}."
     )
 

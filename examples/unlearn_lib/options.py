@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_lib.arguments import fraction, not_negative, positive, whole
+from shared_lib.method import add_rule_and_metric, check_metric
 
 DESCRIPTION = """\
 Let a causal language model forget the rows of one file and keep those of another, with BLUR.
@@ -25,8 +26,6 @@ examples:
 
 METHODS = ("npo", "simnpo", "ga", "dpo")
 RETAIN_LOSSES = ("nll", "kl")
-RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
-METRICS = ("euclidean", "retain")
 SCOPES = ("global", "group", "parameter")
 STASHES = ("reference", "bfloat16", "int8", "cpu")
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -59,6 +58,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         add(parser)
     options = parser.parse_args(arguments)
     _check_together(parser, options)
+    check_metric(parser, options)
+    if options.max_grad_norm is None:
+        options.max_grad_norm = 0.0 if options.metric == "retain" else 1.0
     options.lr = options.lr or (LORA_LEARNING_RATE if options.lora else LEARNING_RATE)
     return options
 
@@ -130,16 +132,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--beta", type=positive, metavar="X", help="inverse temperature (default: 0.1; simnpo 2.5; ga has none)"
     )
-    group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
-    group.add_argument(
-        "--metric",
-        choices=METRICS,
-        default="euclidean",
-        help="retain weighs each coordinate by what the retain loss makes of it; docs/method.md (default: euclidean)",
-    )
-    group.add_argument(
-        "--damping", type=not_negative, default=0.01, metavar="X", help="of the retain metric (default: 0.01)"
-    )
+    add_rule_and_metric(group)
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument("--retain-weight", type=positive, default=1.0, metavar="X", help="(default: 1)")
     group.add_argument("--normalize", action="store_true", help="apply the rule to gradients of length 1")
@@ -183,9 +176,9 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-grad-norm",
         type=not_negative,
-        default=1.0,
         metavar="X",
-        help="of the update; 0 never clips (default: 1)",
+        help="of the update; 0 never clips (default: 1; with --metric retain 0, for there a limit that every step "
+        "exceeds is a smaller --lr)",
     )
     group.add_argument("--weight-decay", type=not_negative, default=0.01, metavar="X", help="(default: 0.01)")
     group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything (default: 0)")

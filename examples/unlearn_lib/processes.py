@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
@@ -38,12 +37,6 @@ def _let_the_first_speak(main: Callable[[], None]) -> None:
 
 def _part(code: int) -> int:
     import torch.distributed as dist
+    from shared_lib.parting import part
 
-    if dist.is_initialized():
-        if code:  # The others may wait in a collective operation, and cleaning up would wait for them.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        dist.barrier()  # A process that left gloo early would take the others down.
-        dist.destroy_process_group()
-    return code
+    return part(code) if dist.is_initialized() else code

@@ -15,7 +15,10 @@ from .evaluation import Scores
 PACKAGES = ("blur_optim", "torch", "transformers", "accelerate", "peft", "tokenizers", "datasets", "safetensors")
 #: Title and field of what the table shows before and after, and how.
 COLUMNS = (("probability", "probability", ".3f"), ("perplexity", "perplexity", ".4g"), ("ROUGE-L", "rouge_l", ".3f"))
-STATISTICS = ("cosine", "forget_norm", "retain_norm", "forget_coefficient", "retain_coefficient")
+STATISTICS = (
+    *("cosine", "forget_norm", "retain_norm", "forget_coefficient", "retain_coefficient"),
+    *("metric_cosine", "metric_forget_norm", "metric_retain_norm", "effective_share"),  # With --metric retain.
+)
 
 
 def make_results(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shared_lib.arguments import not_negative, positive, whole
 from shared_lib.errors import InputError, is_path
+from shared_lib.method import add_rule_and_metric, check_metric
 
 DESCRIPTION = """\
 Let a causal language model forget what some corpora are about, by BLUR-RMU (arXiv:2403.03218, arXiv:2506.08164).
@@ -28,8 +29,7 @@ example:
       --retain Salesforce/wikitext:wikitext-2-raw-v1:test --out zephyr-forgets"""
 
 DTYPES = ("float32", "bfloat16")
-RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
-METRICS = ("euclidean", "retain")
+RETAIN_WEIGHT = {"euclidean": 800.0, "retain": 1.0}
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,6 +43,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for add in (_add_model, _add_corpora, _add_rmu, _add_optimizer, _add_evaluation, _add_output):
         add(parser)
     options = parser.parse_args(arguments)
+    check_metric(parser, options)
+    if options.retain_weight is None:
+        options.retain_weight = RETAIN_WEIGHT[options.metric]
     for name in ("length", "steering"):
         _one_for_each_corpus(parser, options, name)
     if max(options.layers) > options.layer:
@@ -182,25 +185,16 @@ def _add_rmu(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("BLUR over AdamW; g_f and g_r are the gradients of the two losses")
-    group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
-    group.add_argument(
-        "--metric",
-        choices=METRICS,
-        default="euclidean",
-        help="retain weighs each coordinate by what the retain loss makes of it; docs/method.md (default: euclidean)",
-    )
-    group.add_argument(
-        "--damping", type=not_negative, default=0.01, metavar="X", help="of the retain metric (default: 0.01)"
-    )
+    add_rule_and_metric(group)
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument(
         "--retain-weight",
         type=not_negative,
-        default=800.0,
         metavar="X",
         help="RMU's alpha, BLUR's retain_weight. It multiplies g_r, not the printed loss: weighted_sum descends "
         "gamma*forget + X*retain, blur along gamma*g_f + X*(g_r less its part along g_f). AdamW sees little but the "
-        "ratio X/gamma. With normalized, whose gradients have length 1, give about 1 (default: 800)",
+        "ratio X/gamma. With normalized, whose gradients have length 1, give about 1 (default: 800; with --metric "
+        "retain, where it is the size of the retain term's step in units of --lr, 1)",
     )
     group.add_argument("--lr", type=positive, default=5e-5, metavar="X", help="learning rate (default: 5e-5)")
     group.add_argument("--weight-decay", type=not_negative, default=0.01, metavar="X", help="(default: 0.01)")

@@ -65,7 +65,7 @@ def command(folder: Path, *arguments: str) -> int:
 
 
 def in_this_process(
-    calls: Iterable[tuple[Any, ...]], work: Callable[..., Any], processes: int, done: Callable[[Any], None]
+    calls: Iterable[tuple[Any, ...]], work: Callable[..., Any], pool: object, done: Callable[[Any], None]
 ) -> None:
     for call in calls:
         done(work(*call))

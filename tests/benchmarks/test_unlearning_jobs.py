@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import unlearning  # noqa: F401  (puts shared_lib on the path)
-from unlearning.jobs import CHOICES, Job, result_file, run_side_by_side, setting_folder, write_json, yardstick_file
+from unlearning.jobs import (
+    CHOICES,
+    Job,
+    result_file,
+    run_side_by_side,
+    setting_folder,
+    spawning,
+    write_json,
+    yardstick_file,
+)
 from unlearning.presets import PRESETS, preset
 from unlearning.settings import Learning, Settings
 from unlearning_marks import leave_a_mark, leave_a_mark_or_fail, leave_a_mark_slowly
@@ -156,11 +165,13 @@ def calls(tmp_path: Path) -> list[tuple[str, int]]:
     return [(str(tmp_path), number) for number in range(CALLS)]
 
 
-def test_every_call_is_made_once_in_another_process(tmp_path: Path, calls: list[tuple[str, int]]) -> None:
+def test_every_call_is_made_once_in_another_process_that_stays(tmp_path: Path, calls: list[tuple[str, int]]) -> None:
     done: list[int] = []
-    run_side_by_side(calls, leave_a_mark, 1, done.append)
-    assert sorted(done) == list(range(CALLS))
-    workers = {(tmp_path / str(number)).read_text() for number in range(CALLS)}
+    with spawning(1) as pool:
+        run_side_by_side(calls, leave_a_mark, pool, done.append)
+        run_side_by_side([(str(tmp_path), CALLS)], leave_a_mark, pool, done.append)
+    assert sorted(done) == list(range(CALLS + 1))
+    workers = {(tmp_path / str(number)).read_text() for number in range(CALLS + 1)}
     assert len(workers) == 1
     assert workers != {str(os.getpid())}
 
@@ -169,8 +180,8 @@ def test_the_first_failure_is_raised_and_what_was_not_begun_is_left(
     tmp_path: Path, calls: list[tuple[str, int]]
 ) -> None:
     done: list[int] = []
-    with pytest.raises(OSError, match="number 1 cannot"):
-        run_side_by_side(calls, leave_a_mark_or_fail, 1, done.append)
+    with pytest.raises(OSError, match="number 1 cannot"), spawning(1) as pool:
+        run_side_by_side(calls, leave_a_mark_or_fail, pool, done.append)
     assert done == [0]
     finished = sorted(int(path.name) for path in tmp_path.iterdir())
     # A pool hands out a call or two ahead; these are finished.
@@ -181,6 +192,6 @@ def test_what_goes_wrong_with_a_result_stops_the_rest(tmp_path: Path, calls: lis
     def refuse(number: int) -> None:
         raise ValueError(f"no place for {number}")
 
-    with pytest.raises(ValueError, match="no place for 0"):
-        run_side_by_side(calls, leave_a_mark_slowly, 1, refuse)
+    with pytest.raises(ValueError, match="no place for 0"), spawning(1) as pool:
+        run_side_by_side(calls, leave_a_mark_slowly, pool, refuse)
     assert len(list(tmp_path.iterdir())) < CALLS

@@ -217,7 +217,7 @@ class Workers:
         self.fails_at: Job | None = None
 
     def run(
-        self, calls: Iterable[tuple[Any, ...]], work: Callable[..., Any], processes: int, done: Callable[[Any], None]
+        self, calls: Iterable[tuple[Any, ...]], work: Callable[..., Any], pool: object, done: Callable[[Any], None]
     ) -> None:
         for cache, settings, *call in calls:
             if call[0] == self.fails_at:

@@ -267,7 +267,13 @@ def test_files_that_do_not_fit_their_configuration_are_named(
         run_here(monkeypatch, home, tmp_path / "out", *more)
 
 
-@pytest.mark.parametrize("more", [["--steps", "0"], ["--lr", "x"], ["--stash", "fp4"], ["--resume"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(["--steps", "0"], ["--lr", "x"], ["--stash", "fp4"], ["--resume"], ["--damping", "1"]),
+        ["--metric", "retain", "--stash", "recompute"],
+    ],
+)
 def test_an_invalid_option_ends_with_code_2(more: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_options([*arguments(tmp_path, tmp_path / "out"), *more])

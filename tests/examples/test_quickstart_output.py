@@ -12,7 +12,7 @@ from quickstart_lib.results import Results, Trace, replacing, write_json
 from rich.console import Console
 from shared_lib.metrics import Scores
 
-METHODS = ("gradient ascent", "weighted sum", "BLUR", "normalized")
+METHODS = ("gradient ascent", "weighted sum", "BLUR", "normalized", "BLUR, retain metric")
 STEP = {"cosine": -0.25, "forget_norm": 10.0, "retain_norm": 0.5}
 
 

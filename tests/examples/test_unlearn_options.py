@@ -12,6 +12,7 @@ import pytest
 import unlearn
 from knowing import know
 from quickstart_lib.data import load_rows
+from shared_lib import method
 from shared_lib.errors import InputError
 from shared_lib.models import save_small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -24,6 +25,7 @@ from unlearn_lib.sources import check_files
 from blur_optim.integrations.objectives import FORGET_LOSSES, RETAIN_LOSSES
 from blur_optim.integrations.transformers import BLURTrainingArguments
 from blur_optim.step.rules import RULES
+from blur_optim.step.settings import METRICS
 
 DOCS = Path(__file__).parents[2] / "docs" / "unlearn.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -38,7 +40,8 @@ NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl"]
 
 
 def test_names_are_those_of_the_library() -> None:
-    assert tuple(RULES) == options_module.RULES
+    assert tuple(RULES) == method.RULES
+    assert method.METRICS == METRICS
     assert set(options_module.METHODS) == set(FORGET_LOSSES) - {"idk"}
     assert options_module.RETAIN_LOSSES == RETAIN_LOSSES
     helps = {field.name: field.metadata.get("help", "") for field in fields(BLURTrainingArguments)}
@@ -49,6 +52,10 @@ def test_names_are_those_of_the_library() -> None:
 def test_defaults() -> None:
     assert parse_options(NEEDED).lr == 1e-5
     assert parse_options([*NEEDED, "--lora", "8"]).lr == 1e-4
+    plain, metric = parse_options(NEEDED), parse_options([*NEEDED, "--metric", "retain"])
+    assert (plain.max_grad_norm, plain.damping) == (1.0, 0.01)
+    assert (metric.max_grad_norm, metric.damping) == (0.0, 0.01)  # There a limit is a smaller learning rate.
+    assert parse_options([*NEEDED, "--metric", "retain", "--max-grad-norm", "2", "--damping", "0"]).max_grad_norm == 2
     settings = as_settings(parse_options([*NEEDED, "--eval", "a=b=c", "--overwrite"]))
     assert settings["eval"] == [["a", "b=c"]]
     assert not {"out", "overwrite", "dry_run"} & set(settings)
@@ -81,6 +88,8 @@ INVALID = {
     "alpha": (["--lora-alpha", "3"], "--lora-alpha: needs --lora R"),
     "adapter's dtype": (["--lora", "2", "--keep-adapter", "--save-dtype", "float16"], "--save-dtype: an adapter is"),
     "beta": (["--method", "ga", "--beta", "1"], "--beta: --method ga has none"),
+    "damping": (["--damping", "0.1"], "--damping: needs --metric retain"),
+    "metric": (["--metric", "fisher"], "--metric: invalid choice: 'fisher'"),
     "abbreviated": (["--gam", "1"], "unrecognized arguments: --gam"),
 }
 

@@ -175,6 +175,7 @@ INVALID = {
     "steering": (["--steering", "1,2,3"], r"--steering: give one value, or one for each of the 2 --forget, got 3"),
     "--steering": (["--steering", "0"], r"--steering: must be a positive number, got '0'"),
     "--gamma": (["--gamma", "x"], r"--gamma: must be a positive number, got 'x'"),
+    "--damping": (["--damping", "1"], r"--damping: needs --metric retain"),
     "--rule": (["--rule", "sum"], r"--rule: invalid choice: 'sum'"),
 }
 
@@ -187,6 +188,25 @@ def test_an_invalid_option_ends_with_code_2(
         parse_options(arguments(tmp_path, tmp_path / "out", *more))
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_retain_weight_of_the_metric_is_another(tmp_path: Path) -> None:
+    """800 would be steps of 800 times the learning rate."""
+    for more, weight in (
+        ([], 800.0),
+        (["--metric", "retain"], 1.0),
+        (["--metric", "retain", "--retain-weight", "2"], 2.0),
+    ):
+        assert parse_options(arguments(tmp_path, tmp_path / "out", *more)).retain_weight == weight
+
+
+def test_a_run_in_the_metric(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first step there is no retain gradient, and so no metric but eps; from then on there is."""
+    run_here(monkeypatch, home, tmp_path, "--steps", "3", "--no-model", "--metric", "retain", "--lr", "1e-3")
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert [step["retain_coefficient"] for step in steps] == [1.0] * 3
+    assert steps[0]["metric_retain_norm"] == 0 < steps[1]["metric_retain_norm"]
+    assert all(step["retain_loss"] < 10 * step["forget_loss"] for step in steps)
 
 
 def test_the_command_line_is_met_before_the_slow_imports(tmp_path: Path) -> None:

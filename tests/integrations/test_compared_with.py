@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_transformers import FORGET, PREFERENCES, RETAIN, trainer
+from blur_trainer import FORGET, PREFERENCES, RETAIN, trainer
 from tiny import VOCABULARY, collate, tiny_llama
 from torch import nn
 

@@ -68,12 +68,16 @@ def fit(module, folder, steps=None, ckpt_path=None, **options):
     return made
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_it_trains_as_the_loop_by_hand(tmp_path, precision):
-    module, expected = Unlearn(tiny_llama(), max_grad_norm=0.5), tiny_llama()
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("32-true", {}), ("bf16-mixed", {}), ("32-true", {"metric": "retain", "damping": 0.05, "gamma": 0.3})],
+    ids=["float32", "bfloat16", "metric"],
+)
+def test_it_trains_as_the_loop_by_hand(tmp_path, precision, options):
+    module, expected = Unlearn(tiny_llama(), max_grad_norm=0.5, **options), tiny_llama()
     made = fit(module, tmp_path, precision=precision)
     if precision == "32-true":
-        train(expected, None, FORGET, RETAIN, ("ga", "nll"), steps=2, accumulate=2, max_norm=0.5)
+        train(expected, None, FORGET, RETAIN, ("ga", "nll"), steps=2, accumulate=2, max_norm=0.5, **options)
         for p, q in zip(module.model.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert made.global_step == 2

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from blur_trainer import arguments, assert_same
+from blur_trainer import trainer as blur_trainer
 from hand_written import train
 from test_integrations_docs import blocks
-from test_transformers import arguments, assert_same
-from test_transformers import trainer as blur_trainer
 from tiny import collate, parameters, rows, tiny_llama
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -179,6 +179,19 @@ def test_options_are_blurs(registry, tmp_path):
     assert {group["gamma"] for group in blur.param_groups} == {0.5}
 
 
+def test_the_metric_of_the_retain_loss(registry, tmp_path):
+    """By the project's own loss, as by hand."""
+    options = {"metric": "retain", "damping": 0.05, "gamma": 0.5}
+    made = load(registry, tmp_path, {"forget_loss": "GradDiff", **options}, pairs=PAIRS[:1], accumulate=1)
+    made.train()
+    assert (made.blur.metric, made.blur.damping) == ("retain", 0.05)
+    expected, losses = tiny_llama(), ("ga", "nll")
+    train(expected, None, FORGET[:1], RETAIN[:1], losses, steps=4, accumulate=1, size=1, max_norm=0.5, **options)
+    assert_same(made.model, expected)
+    with pytest.raises(TypeError, match=r"must be AdamW, Adam or SGD with metric='retain', got torch's Adagrad"):
+        load(registry, tmp_path, {"forget_loss": "GradDiff", **options}, more={"optim": "adagrad"}).train()
+
+
 @pytest.mark.parametrize(
     ("method_args", "kind", "match"),
     [
@@ -277,7 +290,12 @@ def test_the_yaml_files_inherit_the_projects_settings(registry, path):
     assert config["handler"] == "BLUR"
     options = sys.modules[MODULE].OPTIONS
     assert config["method_args"].pop("forget_loss") == method
-    assert {n: v for n, v in config["method_args"].items() if n in options}.keys() >= {"rule", "scope", "stash"}
+    assert {n: v for n, v in config["method_args"].items() if n in options}.keys() >= {
+        "rule",
+        "scope",
+        "stash",
+        "metric",
+    }
     assert config["method_args"].keys() - set(options) <= {"gamma", "alpha", "retain_loss_type"}
 
 

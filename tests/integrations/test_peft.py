@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from blur_trainer import FORGET, RETAIN, assert_same, trainer
 from hand_written import train
-from test_transformers import FORGET, RETAIN, assert_same, trainer
 from tiny import collate, tiny_llama, tiny_lora
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -42,6 +42,30 @@ def test_only_the_adapter_is_trained(tmp_path, losses, reference, compared):
     assert made.reference_path.exists() is (losses[0] == "npo" and reference is None)
     train(expected, compared(), FORGET, RETAIN, losses, steps=4, accumulate=2, max_norm=0.1)
     assert_same(model, expected)
+
+
+def test_a_fresh_adapter_in_the_metric_of_the_retain_loss(tmp_path):
+    """B begins at zero, so g_r of A does too, and A moves by what the damping allows."""
+    model, expected = tiny_lora(fresh=True), tiny_lora(fresh=True)
+    first = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n}
+    options = {"metric": "retain", "gamma": 0.3}
+    trainer(tmp_path, model, max_steps=1, **options).train()
+    # Weight decay alone: 0.1 of the rate.
+    assert all(
+        torch.allclose(p, first[n] * (1 - 1e-4), rtol=1e-6, atol=0) for n, p in model.named_parameters() if n in first
+    )
+    model = tiny_lora(fresh=True)
+    trainer(tmp_path, model, max_grad_norm=0.1, **options).train()
+    train(expected, tiny_llama(), FORGET, RETAIN, steps=4, accumulate=2, max_norm=0.1, **options)
+    assert_same(model, expected)
+    # Then A moves, slowly: its second moments are below the damping while B is small.
+    moved = {
+        n: (p - first.get(n, torch.zeros(())) * (1 - 1e-4) ** 4).abs().max()
+        for n, p in model.named_parameters()
+        if "lora_" in n
+    }
+    of_a, of_b = ([v for n, v in moved.items() if part in n] for part in ("lora_A", "lora_B"))
+    assert 1e-7 < min(of_a) <= max(of_a) < max(of_b) / 4
 
 
 def test_merged_and_saved(tmp_path):

@@ -62,6 +62,9 @@ def test_trainer(tmp_path, way):
         expected = tiny_lora(fresh=True)
         train(expected, tiny_llama(), FORGET, RETAIN, ("npo", "kl"), steps=3, accumulate=4, max_norm=0.5)
         assert_trained_as(expected, tmp_path, "lora.pt")
+        expected, options = tiny_llama(), {"metric": "retain", "gamma": 0.3}
+        train(expected, tiny_llama(), FORGET, RETAIN, steps=3, accumulate=4, max_norm=0.5, **options)
+        assert_trained_as(expected, tmp_path, "metric.pt")
         # A loop by hand with accelerate, as in the documentation: the four micro-batches of one process.
         here = {"model": tiny_llama(), "collator": collate, "forget_rows": rows(16, 1), "retain_rows": rows(16, 2)}
         exec(accelerate_block(accumulate=4), here)

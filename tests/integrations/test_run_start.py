@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_transformers import FORGET, RETAIN, arguments, assert_same, trainer
+from blur_trainer import FORGET, RETAIN, arguments, assert_same, trainer
 from tiny import tiny_llama
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformers import trainer as blur_trainer
+from blur_trainer import trainer as blur_trainer
 from tiny import collate, rows, tiny_llama
 
 pytest.importorskip("transformers", reason="transformers is not installed")

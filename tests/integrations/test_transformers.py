@@ -1,59 +1,16 @@
-"""BLURTrainer against the loop that one would write by hand, and what a Trainer owes to its users."""
+"""BLURTrainer against the loop that one would write by hand, and what it refuses."""
 
 import copy
-import functools
 
 import pytest
 import torch
+from blur_trainer import FORGET, PREFERENCES, RETAIN, arguments, assert_same, trainer
 from hand_written import retain_loss, train
-from tiny import collate, parameters, rows, tiny_llama
+from tiny import collate, tiny_llama
 from torch.nn.utils import clip_grad_norm_
 
-from blur_optim import BLUR
-from blur_optim.losses import ReferenceLogProbs, nll_loss
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("accelerate", reason="accelerate is not installed")
-
-from blur_optim.integrations.transformers import BLURTrainer, BLURTrainingArguments  # noqa: E402
-
-FORGET, RETAIN = rows(5, 1), rows(9, 2)
-PREFERENCES = [{"chosen": c, "rejected": r} for c, r in zip(rows(5, 3), FORGET, strict=True)]
-
-
-def arguments(folder, **changes):
-    options = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.5,
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    return BLURTrainingArguments(str(folder), **{**options, **changes})
-
-
-def trainer(folder, model=None, forget=FORGET, retain=RETAIN, *, more=None, cls=BLURTrainer, **changes):
-    return cls(
-        tiny_llama() if model is None else model,
-        arguments(folder, **changes),
-        collate,
-        forget_dataset=forget,
-        retain_dataset=retain,
-        **(more or {}),
-    )
-
-
-def assert_same(model, other, rtol=1e-5):
-    # Two ways through the same float32 operations: fused or foreach AdamW, a padded batch or two.
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol * 1e-1)
+from blur_optim.integrations.transformers import BLURTrainer
+from blur_optim.losses import nll_loss
 
 
 @pytest.mark.parametrize(
@@ -79,12 +36,22 @@ def test_it_trains_as_the_loop_by_hand(tmp_path, forget, retain, max_norm):
     assert float(statistics.update_norm) > max_norm, "clipping has to matter"
 
 
-def test_options_reach_the_optimizer(tmp_path):
-    options = {"gamma": 0.3, "retain_weight": 2.0, "rule": "conflict", "normalize": True, "scope": "parameter"}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": 0.3, "retain_weight": 2.0, "rule": "conflict", "normalize": True, "scope": "parameter"},
+        {"gamma": 0.3, "metric": "retain", "damping": 0.05},
+    ],
+    ids=["rule", "metric"],
+)
+def test_options_reach_the_optimizer(tmp_path, options):
     made, expected = trainer(tmp_path, forget_loss="ga", **options), tiny_llama()
     made.train()
     train(expected, None, FORGET, RETAIN, ("ga", "nll"), steps=4, accumulate=2, max_norm=0.5, **options)
     assert_same(made.model, expected)
+
+
+def test_a_rule_of_ones_own_a_stash_and_a_backend(tmp_path):
     made = trainer(tmp_path, stash="int8", backend="foreach", more={"rule": lambda dots, gamma, alpha: (gamma, alpha)})
     made.create_optimizer()
     assert made.blur.stash == "int8"
@@ -167,36 +134,6 @@ def test_evaluation_is_the_trainers(tmp_path):
     assert "eval_retain_loss" in metrics
 
 
-@pytest.mark.parametrize("at", [2, 3])
-def test_resuming_is_as_if_never_interrupted(tmp_path, at):
-    """Three steps are one epoch: a checkpoint in the middle of one, and one at its end."""
-    through = trainer(tmp_path / "through", max_steps=5, lr_scheduler_type="linear")
-    through.train()
-    options = {"save_strategy": "steps", "save_steps": at, "lr_scheduler_type": "linear", "max_steps": 5}
-    first = trainer(tmp_path / "parts", **options)
-    first.train()
-    again = trainer(tmp_path / "parts", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{at}"))
-    assert again.state.global_step == 5
-    assert again.reference_log_probs.computed == 0
-    for p, q in zip(again.model.parameters(), through.model.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_resuming_from_the_trained_model(tmp_path):
-    """Some load the checkpoint as the model; what it is compared with is still the model before."""
-    first = trainer(tmp_path, save_strategy="steps", save_steps=2)
-    first.train()
-    checkpoint = tmp_path / "checkpoint-2"
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
-    again = trainer(tmp_path, model)
-    again.train(resume_from_checkpoint=str(checkpoint))
-    assert_same(again.model, first.model)
-    (tmp_path / "reference.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"`reference_file` must be the file of the run that is resumed"):
-        trainer(tmp_path, model).train(resume_from_checkpoint=str(checkpoint))
-
-
 def test_values_are_checked_before_a_model_is_loaded(tmp_path):
     for options, error, match in [
         ({"gamma": -1.0}, ValueError, "`gamma` must be finite and >= 0, got -1.0"),
@@ -243,145 +180,6 @@ def test_a_loader_of_ones_own(tmp_path, loss):
     assert made.state.global_step == 4
 
 
-def test_a_batch_that_a_callback_reads_takes_nothing_from_training(tmp_path):
-    class Reader(transformers.TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            next(iter(made.get_train_dataloader()))
-
-    made, plain = trainer(tmp_path / "a"), trainer(tmp_path / "b")
-    made.add_callback(Reader())
-    made.train()
-    plain.train()
-    assert_same(made.model, plain.model)
-
-
-def test_the_reference_is_computed_once(tmp_path):
-    first = trainer(tmp_path, max_steps=1)
-    first.train()
-    assert first.reference_log_probs.computed == len(FORGET)
-    second = trainer(tmp_path, max_steps=1)
-    second.train()
-    assert second.reference_log_probs.computed == 0
-    with pytest.raises(ValueError, match=r"must name a file with the log-probabilities of the model"):
-        trainer(tmp_path, tiny_llama(seed=1), max_steps=1).train()
-
-
-def test_references_that_are_given(tmp_path):
-    stored = ReferenceLogProbs.load_or_compute(tmp_path / "mine", tiny_llama(), [collate(FORGET)], progress=False)
-    models = []
-    for reference in (None, stored, tiny_llama()):
-        made = trainer(tmp_path / "out", more={"reference": reference})
-        made.train()
-        models.append(made.model)
-    assert_same(models[0], models[1])
-    assert_same(models[0], models[2])
-
-
-def test_gradient_checkpointing(tmp_path):
-    def counted():
-        model, calls = tiny_llama(), []
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
-        return model, calls
-
-    model, once = counted()
-    plain = trainer(tmp_path, model, forget_loss="ga")
-    plain.train()
-    # Renamed on the way to transformers 6.
-    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(plain.args, n))
-    model, twice = counted()
-    saving = trainer(tmp_path, model, forget_loss="ga", **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
-    saving.train()
-    assert len(twice) == 2 * len(once)
-    assert_same(saving.model, plain.model)
-
-
-def test_bfloat16_autocast(tmp_path):
-    made, expected = trainer(tmp_path, bf16=True), tiny_llama()
-    made.train()
-
-    class Autocast(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        @functools.wraps(torch.nn.Module.forward)
-        def forward(self, **inputs):
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.model(**inputs)
-
-    frozen = Autocast(tiny_llama())
-    train(Autocast(expected), frozen, FORGET, RETAIN, steps=4, accumulate=2, max_norm=0.5)
-    # Log-probabilities of batches that are padded otherwise differ in bfloat16's rounding, 2^-8.
-    assert_same(made.model, expected, rtol=2e-3)
-    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
-    assert made.state.log_history[0]["forget_loss"] == pytest.approx(13.863, abs=0.05)
-
-
-def scaled(made, scale):
-    """Give an accelerator of a CPU the loss scaling that it has for float16 on a GPU."""
-    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
-    made.accelerator.native_amp = True
-    made.accelerator.state._mixed_precision = "fp16"
-    return made
-
-
-@pytest.fixture
-def unscaled_state():
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("unscaled_state")
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_a_loss_scale_changes_nothing(tmp_path, optim, monkeypatch):
-    """The update is made of scaled gradients, then unscaled, then clipped."""
-    plain = trainer(tmp_path, optim=optim, normalize=True)
-    plain.train()
-    made = scaled(trainer(tmp_path, optim=optim, normalize=True), 1024.0)
-    # Autocast to float16 is not what is tested, nor are its roundings.
-    monkeypatch.setattr("accelerate.accelerator.get_mixed_precision_context_manager", _no_autocast)
-    made.train()
-    assert_same(made.model, plain.model)
-    for entry, expected in zip(made.state.log_history[:-1], plain.state.log_history[:-1], strict=True):
-        assert entry["blur_forget_norm"] == pytest.approx(expected["blur_forget_norm"], rel=1e-4)
-        assert entry["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-
-
-@pytest.mark.usefixtures("unscaled_state")
-def test_an_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch):
-    made = scaled(trainer(tmp_path, forget_loss="ga", max_steps=1, optim="adamw_torch"), 2.0**120)
-    monkeypatch.setattr("accelerate.accelerator.get_mixed_precision_context_manager", _no_autocast)
-    before = parameters(made.model)
-    made.train()
-    assert all(torch.equal(p, b) for p, b in zip(made.model.parameters(), before, strict=True))
-    assert made.accelerator.scaler.get_scale() == 2.0**119
-    assert made.blur.statistics.skipped == 1
-
-
-def _no_autocast(*args, **kwargs):
-    return torch.autocast("cpu", enabled=False)
-
-
-def test_training_twice_goes_on(tmp_path):
-    made = trainer(tmp_path, max_steps=2)
-    made.train()
-    optimizer, reference = made.blur, made.reference_log_probs
-    made.train()
-    assert isinstance(made.blur, BLUR)
-    assert not isinstance(made.blur.base, BLUR)
-    assert made.blur is optimizer
-    assert made.reference_log_probs is reference
-
-
-def test_a_run_that_was_interrupted_between_micro_batches(tmp_path):
-    made = trainer(tmp_path, max_steps=1)
-    made._pending.append({"forget": "stale"})
-    made.train()
-    assert made.state.global_step == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "more", "error", "match"),
     [
@@ -412,16 +210,48 @@ def test_what_is_refused_later(tmp_path):
         trainer(tmp_path, gamma=-1.0).create_optimizer()
 
 
-def test_worker_processes_change_nothing(tmp_path):
-    made, plain = trainer(tmp_path, dataloader_num_workers=1), trainer(tmp_path)
-    made.train()
-    plain.train()
-    assert all(torch.equal(p, q) for p, q in zip(made.model.parameters(), plain.model.parameters(), strict=True))
-
-
 def test_without_clipping(tmp_path):
     made, expected = trainer(tmp_path, max_grad_norm=0.0, forget_loss="ga"), tiny_llama()
     made.train()
     train(expected, None, FORGET, RETAIN, ("ga", "nll"), steps=4, accumulate=2, max_norm=1e9)
     assert_same(made.model, expected)
     assert clip_grad_norm_(expected.parameters(), 1.0) == 0
+
+
+class TestMetric:
+    """What a user is told who comes from plain gradients."""
+
+    def test_clipping_that_has_become_a_smaller_learning_rate_is_said_once(self, tmp_path):
+        options = {"forget_loss": "ga", "metric": "retain", "max_grad_norm": 1e-3, "max_steps": 7}
+        with pytest.warns(
+            UserWarning, match=r"The last 5 updates .* to max_grad_norm=0\.001\..*metric='retain'"
+        ) as told:
+            trainer(tmp_path, **options).train()
+        assert len(told) == 1
+
+    @pytest.mark.parametrize("changes", [{"metric": "euclidean"}, {"max_grad_norm": 0.0}, {"max_grad_norm": 1e6}])
+    def test_where_it_is_none_nothing_is_said(self, tmp_path, changes):
+        options = {"forget_loss": "ga", "metric": "retain", "max_grad_norm": 1e-3, "max_steps": 6}
+        trainer(tmp_path, **{**options, **changes}).train()
+
+    def test_a_weight_that_was_tuned_without_it(self, tmp_path):
+        made = trainer(tmp_path, metric="retain", retain_weight=800.0)  # Its arguments alone say nothing.
+        with pytest.warns(UserWarning, match=r"`retain_weight` is 800.*in units of lr") as told:
+            made.create_optimizer()
+        assert len(told) == 1
+
+    def test_an_engine_is_refused_before_it_is_made(self, tmp_path):
+        made = trainer(tmp_path)
+        made.is_deepspeed_enabled, made.args.metric = True, "retain"
+        with pytest.raises(ValueError, match=r"`metric` must be 'euclidean' with an engine, got 'retain'.*FSDP2"):
+            made.read_arguments()
+
+    def test_another_optimizer_is_refused(self, tmp_path):
+        with pytest.raises(TypeError, match=r"must be AdamW, Adam or SGD with metric='retain', got torch's Adagrad"):
+            trainer(tmp_path, metric="retain", optim="adagrad").create_optimizer()
+
+    def test_its_statistics_are_logged(self, tmp_path):
+        made = trainer(tmp_path, metric="retain", max_steps=1, max_grad_norm=0.0)
+        made.train()
+        names = {"blur_metric_cosine", "blur_metric_forget_norm", "blur_metric_retain_norm", "blur_effective_share"}
+        assert {"blur_cosine", *names} <= made.state.log_history[0].keys()

@@ -103,6 +103,11 @@ def main(folder, way):
         exec(accelerate_block(), by_hand)
         assert all(isinstance(p, DTensor) for p in by_hand["model"].parameters())
         save(whole(by_hand["model"]), folder / "accelerate.pt")
+        in_metric = make_trainer(
+            folder / "metric", tiny_llama(), metric="retain", gamma=0.3, fsdp=True, fsdp_config=FSDP
+        )
+        in_metric.train()
+        save(whole(in_metric.model), folder / "metric.pt")
     else:
         copies = [torch.empty(2) for _ in range(2)]
         mine = torch.stack([sum(p.double().sum() for p in trainer.model.parameters()).float(), torch.tensor(1.0)])

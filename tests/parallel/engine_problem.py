@@ -16,6 +16,11 @@ WIDTH, VOCABULARY = 7, 11
 MICRO = {"forget": MICRO_BATCHES, "retain": MICRO_BATCHES}
 
 
+STAGES = [0, 1, 2, 3]
+#: float32: its rounding, and that of AdamW, which divides by the size of the gradient.
+FLOAT32 = 1e-6
+
+
 class Network(nn.Module):
     """Odd sizes, tied weights, a frozen layer, and for each of the losses a layer that it alone reaches."""
 
@@ -103,6 +108,12 @@ def make_engine(settings, network=None, optimizer=torch.optim.AdamW, groups=grou
     network = make_network() if network is None else network
     client = optimizer(groups(network), **{"lr": LR, "weight_decay": WEIGHT_DECAY, **options})
     return deepspeed.initialize(model=network, optimizer=client, config=settings)[0]
+
+
+def make_opt(engine, **options):
+    from blur_optim.integrations.deepspeed import DeepSpeedBLUR
+
+    return DeepSpeedBLUR(engine, **options)
 
 
 def train(opt, engine, steps=range(STEPS), micro=MICRO, times=1.0):

@@ -1,12 +1,13 @@
 """Run the bodies of many tests in the same few processes: starting one costs more than most tests.
 
 A test marked ``@pytest.mark.ranks(4)`` has its body run on each of four processes, with a gloo group between them. All
-such tests of one file, as far as they are selected, share one launch; each has its own result. When a body fails on a
-rank the processes are stopped and new ones take the tests that are left. Under pytest-xdist the first worker that comes
-to a file launches for all workers.
+such tests of one file, as far as they are selected, share one launch, and so do those of files that give the same name
+as ``LAUNCH``; each test has its own result. When a body fails on a rank the processes are stopped and new ones take the
+tests that are left. Under pytest-xdist the first worker that comes to a file launches for all workers.
 """
 
 import faulthandler
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,7 +15,6 @@ import signal
 import time
 import traceback
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,10 +36,10 @@ PRELOAD = [
 
 def result_of(item):
     """What went wrong in the body of this test, on any rank; empty if nothing did."""
-    ranks = _ranks(item)
-    items = [i for i in item.session.items if i.path == item.path and _ranks(i) == ranks]
-    results = _run_once(item.config, item.path, ranks, [_cell(i) for i in items])
-    return results[item.name]
+    ranks, launch = _ranks(item), _launch_of(item)
+    items = [i for i in item.session.items if _ranks(i) == ranks and _launch_of(i) == launch]
+    results = _run_once(item.config, launch, ranks, [_cell(i) for i in items])
+    return results[_cell(item)[0]]
 
 
 def spawn(world_size, function, *args):
@@ -85,37 +85,42 @@ def _ranks(item):
     return marker.args[0] if marker else None
 
 
+def _launch_of(item):
+    return getattr(item.module, "LAUNCH", item.path.stem)
+
+
 def _cell(item):
-    return item.name, item.originalname, item.callspec.params if hasattr(item, "callspec") else {}
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return f"{item.path.stem}::{item.name}", item.path.stem, item.originalname, params
 
 
-def _run_once(config, path, ranks, cells):
+def _run_once(config, launch, ranks, cells):
     folder = config._tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    folder = folder / f"{path.stem}-{ranks}"
+    folder = folder / f"{launch}-{ranks}"
     folder.mkdir(exist_ok=True)
     finished = folder / "results.json"
     with FileLock(folder / "lock"):
         if not finished.exists():
-            finished.write_text(json.dumps(_run(path, ranks, cells, folder)))
+            finished.write_text(json.dumps(_run(ranks, cells, folder)))
     return json.loads(finished.read_text())
 
 
-def _run(path, ranks, cells, folder):
+def _run(ranks, cells, folder):
     results, attempt = {}, 0
     while cells:
         attempt += 1
         this = folder / str(attempt)
         this.mkdir()
-        results |= _launch(path, ranks, cells, this)
+        results |= _launch(ranks, cells, this)
         cells = [cell for cell in cells if cell[0] not in results]
     return results
 
 
-def _launch(path, ranks, cells, folder):
+def _launch(ranks, cells, folder):
     """Results of the cells up to the first that fails, at least of one."""
-    processes = spawn(ranks, _work, ranks, folder, path, cells)
+    processes = spawn(ranks, _work, ranks, folder, cells)
     done, since = 0, time.monotonic()
     while any(process.is_alive() for process in processes):
         time.sleep(0.05)
@@ -158,12 +163,11 @@ def _records(folder, rank):
     return dict(json.loads(line) for line in lines if line.endswith("]"))
 
 
-def _work(rank, world_size, folder, path, cells):
+def _work(rank, world_size, folder, cells):
     join_group(rank, world_size, folder)
-    module = __import__(Path(path).stem)
     with open(folder / f"records-{rank}", "w", buffering=1) as records:
-        for name, function, params in cells:
-            error = _run_cell(getattr(module, function), params)
+        for name, module, function, params in cells:
+            error = _run_cell(getattr(importlib.import_module(module), function), params)
             records.write(json.dumps([name, error]) + "\n")
             if error:
                 time.sleep(60)  # Until the parent ends it: a rank that leaves makes the others fail too.

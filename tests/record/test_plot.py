@@ -42,6 +42,18 @@ def write(path, steps=5, parameters=("a", "b"), **changes):
     return path
 
 
+def in_metric(path):
+    """A run with ``metric="retain"``."""
+    write(path, metric_cosine=-0.7, metric_forget_norm=30.0, metric_retain_norm=20.0, effective_share=0.25)
+    metadata, *steps = [json.loads(line) for line in path.read_text().splitlines()]
+    metadata["metadata"] |= {"metric": "retain", "damping": 0.01}
+    for step in steps:
+        step["alignment"] |= {"metric_cosine": [-0.9, 0.9]}
+        step["alignment"] |= {f"metric_{side}_norm": [3.0, 1.0] for side in ("forget", "retain")}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [metadata, *steps]))
+    return path
+
+
 def lines_of(axis):
     """Label and values of what is drawn, without the axes' own lines."""
     return {line.get_label(): list(line.get_ydata()) for line in axis.lines if not line.get_label().startswith("_")}
@@ -128,11 +140,50 @@ class TestSteps:
         labels = lines_of(figure_of_steps(*files).axes[0])
         assert list(labels) == ["a-run", "b-run", "forget", "retain"]
 
+    def test_without_a_metric_there_are_no_panels_for_one(self, tmp_path):
+        figure = figure_of_steps(write(tmp_path / "run.jsonl"))
+        assert len(figure.axes) == 4
+        assert "metric" not in figure.get_suptitle()
+        assert list(lines_of(figure.axes[1])) == []  # One line alone needs no name.
+
+    def test_both_kinds_of_cosine_and_norm_of_a_run_in_the_metric(self, tmp_path):
+        figure = figure_of_steps(in_metric(tmp_path / "run.jsonl"))
+        assert "metric retain" in figure.get_suptitle()
+        cosines, norms, norms_in_metric, share = (figure.axes[i] for i in (1, 2, 4, 5))
+        assert lines_of(cosines)["cosine"] == pytest.approx([0.1 - 0.1 * step for step in range(1, 6)])
+        assert lines_of(cosines)["in the metric of the retain loss"] == [-0.7] * 5
+        assert [values[0] for values in lines_of(norms).values()] == [3.0, 2.0, 2.5]
+        assert [values[0] for values in lines_of(norms_in_metric).values()] == [30.0, 20.0]
+        assert list(share.lines[0].get_ydata()) == [0.25] * 5
+        assert norms_in_metric.get_yscale() == share.get_yscale() == "log"
+        assert all(axis.get_title() and axis.get_ylabel() for axis in figure.axes)
+        assert [axis.get_xlabel() for axis in figure.axes[4:]] == ["step", "step"]
+
+    def test_a_run_without_a_metric_beside_one_in_it(self, tmp_path):
+        files = [write(tmp_path / "plain.jsonl"), in_metric(tmp_path / "retain.jsonl")]
+        figure = figure_of_steps(*files)
+        assert len(figure.axes) == 6
+        assert [list(line.get_ydata()) for line in figure.axes[5].lines if len(line.get_ydata())] == [[0.25] * 5]
+
 
 class TestAlignment:
-    def figure(self, file):
+    def figure(self, file, prefix=""):
         (run,) = plots._read([file]).values()
-        return plots._draw_alignment(plots._figure_class(), "run", run)
+        return plots._draw_alignment(plots._figure_class(), "run", run, prefix)
+
+    def test_the_metric_has_a_picture_of_its_own(self, tmp_path):
+        file = in_metric(tmp_path / "run.jsonl")
+        written = [path.name for path in plots.plot([file])]
+        assert written == ["run-steps.png", "run-alignment.png", "run-alignment-in-metric.png"]
+        plain, metric = self.figure(file), self.figure(file, "metric_")
+        assert plain.axes[0].images[0].get_clim() == (-0.5, 0.5)
+        assert metric.axes[0].images[0].get_clim() == pytest.approx((-0.9, 0.9))
+        assert "in the metric of the retain loss" in metric.axes[0].get_title()
+        assert "metric" not in plain.axes[0].get_title()
+        # Its shares are those of the norms in the metric: 3^2 and 1 of 10.
+        widths = [round(bar.get_width(), 6) for bar in metric.axes[1].patches]
+        assert widths == [0.9, 0.1, 0.9, 0.1]
+        assert [round(bar.get_width(), 6) for bar in plain.axes[1].patches] == [0.5] * 4
 
     def test_colours_are_centred_at_zero(self, tmp_path):
         (image,) = self.figure(write(tmp_path / "run.jsonl")).axes[0].images

@@ -79,6 +79,37 @@ class TestFile:
         )
         assert "alignment" not in step
 
+    def test_a_line_of_a_step_in_the_metric_has_both_kinds_of_norm_and_cosine(self, path):
+        p = Problem()
+        opt = BLUR(p.model.named_parameters(), torch.optim.AdamW, lr=0.1, metric="retain", damping=0.02)
+        with Recorder(path, opt, alignment=True) as recorder:
+            run(recorder, opt, p, 1)
+        record = read_record(path)
+        assert (record.metadata["metric"], record.metadata["damping"]) == ("retain", 0.02)
+        (step,), found = record.steps, opt.statistics.to_dict()
+        for name in ("cosine", "forget_norm", "retain_norm"):
+            assert step[name] == found[name]
+            assert step[f"metric_{name}"] == found[f"metric_{name}"] != found[name]
+        assert 0 < step["effective_share"] == found["effective_share"] < 1
+        # What is within the parameters adds up to the whole, in the metric as without it.
+        for prefix in ("", "metric_"):
+            parts = step["alignment"]
+            for side in ("forget_norm", "retain_norm"):
+                total = sum(norm**2 for norm in parts[prefix + side]) ** 0.5
+                assert total == pytest.approx(step[prefix + side], rel=1e-6)
+            triples = zip(*(parts[prefix + n] for n in ("cosine", "forget_norm", "retain_norm")), strict=True)
+            dot = sum(c * f * r for c, f, r in triples)
+            norms = step[f"{prefix}forget_norm"] * step[f"{prefix}retain_norm"]
+            assert dot / norms == pytest.approx(step[f"{prefix}cosine"], rel=1e-5)
+
+    def test_without_a_metric_no_line_speaks_of_one(self, path):
+        p, opt = problem()
+        with Recorder(path, opt, alignment=True) as recorder:
+            run(recorder, opt, p, 1)
+        record = read_record(path)
+        assert (record.metadata["metric"], record.metadata["damping"]) == ("euclidean", None)
+        assert not any("metric" in name for name in (*record.steps[0], *record.steps[0]["alignment"]))
+
     def test_every(self, path):
         p, opt = problem()
         with Recorder(path, opt, every=3) as recorder:

@@ -1,114 +1,16 @@
 """Steps in the metric of the retain loss against the equations, written down once more in float64."""
 
-import copy
-import io
-import pickle
-from functools import partial
-
 import pytest
 import torch
-from helpers import (
-    Problem,
-    assert_params_close,
-    assert_same_bits,
-    backends,
-    run_phases,
-    snapshot,
-    step_by_closures,
-    step_by_phases,
-)
+from helpers import Problem, assert_params_close, backends, run_phases, step_by_closures, step_by_phases
+from metric_equations import CASES, DAMPING, EPS, Equations, make
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, AdamW
 
 from blur_optim import BLUR
 from blur_optim.kernels import BACKENDS
 from blur_optim.step.metric import SMALLEST_RMS
 
-DAMPING, EPS = 0.05, 1e-8
-
-
-class Equations:
-    """The method as docs/method.md has it, on flat vectors, one step after another."""
-
-    def __init__(self, problem, base, gamma=0.7, alpha=1.0, rule="blur", lr=0.1, beta2=None, **options):
-        self.problem, self.base, self.gamma, self.alpha, self.rule, self.lr = problem, base, gamma, alpha, rule, lr
-        self.options = options
-        self.beta1 = options.get("betas", (0.9, 0.999))[0] if base is not SGD else options.get("momentum", 0.0)
-        self.beta2 = beta2 if beta2 is not None else options.get("betas", (0.9, 0.999))[1]
-        self.m = self.v = self.vmax = 0.0
-        self.mean, self.t = None, 0
-
-    def gradients(self):
-        losses = self.problem.forget_loss(), self.problem.retain_loss()
-        return [torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.problem.params)]) for loss in losses]
-
-    def coefficients(self, f, r, p):
-        s = 1 / (p * f).square().mean().sqrt()
-        rf, ff, rr = s * (r @ (p * f)), s * s * (f @ (p * f)), r @ (p * r)
-        gamma, alpha = self.gamma, self.alpha
-        if self.rule == "blur":
-            return s * (gamma - alpha * rf / ff), alpha
-        if self.rule == "weighted_sum":
-            return s * gamma, alpha
-        if self.rule == "normalized":
-            return gamma / (f @ (p * f)).sqrt(), alpha / rr.sqrt()
-        if self.rule == "conflict":
-            return s * (gamma - alpha * rf / ff if rf < 0 else gamma), alpha
-        if self.rule == "barrier":
-            return s * max(gamma - alpha * rf / ff, 0.0), alpha
-        assert self.rule == "retain_first"
-        return s * gamma, alpha - gamma * rf / rr
-
-    def step(self):
-        f, r = self.gradients()
-        self.t += 1
-        o = self.options
-        self.v = self.beta2 * self.v + (1 - self.beta2) * r.square()
-        second = self.v
-        if o.get("amsgrad"):
-            self.vmax = second = torch.maximum(torch.as_tensor(self.vmax), self.v)
-        corrected = second / (1 - self.beta2**self.t)
-        mean = corrected.mean() if self.mean is None else self.mean
-        self.mean = corrected.mean()
-        p = 1 / ((corrected + DAMPING * mean).sqrt() + EPS)
-        a, b = self.coefficients(f, r, p)
-        self.u, self.p, self.f = a * f + b * r, p, f
-        theta = nn.utils.parameters_to_vector(self.problem.params).detach()
-        grad = -self.u if o.get("maximize") else self.u
-        decay = o.get("weight_decay", 0.01 if self.base is AdamW else 0.0)
-        if self.base is AdamW:
-            theta = theta * (1 - self.lr * decay)
-        else:
-            grad = grad + decay * theta
-        if self.base is SGD:
-            self.m = grad if self.t == 1 else self.beta1 * self.m + grad
-            moved = grad + self.beta1 * self.m if o.get("nesterov") else self.m
-        else:
-            self.m = self.beta1 * self.m + (1 - self.beta1) * grad
-            moved = self.m / (1 - self.beta1**self.t)
-        nn.utils.vector_to_parameters(theta - self.lr * p * moved, self.problem.params)
-
-
-def make(base=AdamW, dtype=torch.float64, gamma=0.7, lr=0.1, damping=DAMPING, **options):
-    problem = Problem(dtype)
-    own = {name: options.pop(name) for name in ("beta2",) if name in options}
-    opt = BLUR(problem.params, base, gamma=gamma, metric="retain", damping=damping, lr=lr, **options)
-    for group in opt.param_groups if own else ():
-        group["metric_beta"] = own["beta2"]
-    return problem, opt
-
-
-CASES = {
-    "AdamW": (AdamW, {}),
-    "Adam with L2": (Adam, {"weight_decay": 0.1}),
-    "amsgrad": (AdamW, {"amsgrad": True, "betas": (0.8, 0.6)}),
-    "maximize": (AdamW, {"maximize": True}),
-    "fused": (AdamW, {"fused": True}),
-    "a tensor as lr": (AdamW, {"lr": torch.tensor(0.1, dtype=torch.float64)}),
-    "SGD": (SGD, {"beta2": 0.99}),
-    "SGD with momentum": (SGD, {"momentum": 0.9, "weight_decay": 0.1, "beta2": 0.8}),
-    "SGD with Nesterov": (SGD, {"momentum": 0.9, "nesterov": True, "beta2": 0.99}),
-}
 over_cases = pytest.mark.parametrize(("base", "options"), CASES.values(), ids=CASES)
 
 
@@ -215,7 +117,7 @@ def test_what_the_metric_refuses():
     problem = Problem()
     with pytest.raises(ValueError, match="`stash` must not be 'recompute' with metric='retain'"):
         BLUR(problem.params, metric="retain", stash="recompute")
-    with pytest.raises(TypeError, match="must be AdamW, Adam or SGD with metric='retain', got Adagrad"):
+    with pytest.raises(TypeError, match="must be AdamW, Adam or SGD with metric='retain', got torch's Adagrad"):
         BLUR(problem.params, torch.optim.Adagrad, metric="retain")
     with pytest.raises(ValueError, match="`capturable` must be False"):
         BLUR(problem.params, AdamW, metric="retain", capturable=True)
@@ -233,190 +135,6 @@ def test_what_the_metric_refuses():
     problem.forget_loss().backward()
     with pytest.raises(RuntimeError, match=r"opt\.step\(\) must have phases before it with metric='retain'"):
         opt.step()
-
-
-# -- Phases, mixed precision, checkpoints ------------------------------------------------------------------------------
-
-
-def test_accumulation():
-    problem, opt = make()
-    twin, other = make()
-    for _ in range(3):
-        step_by_phases(opt, problem, parts=3)
-        step_by_phases(other, twin)
-    assert_params_close(problem.params, twin.params, rtol=1e-10, atol=1e-11)
-
-
-@pytest.mark.parametrize("base", [AdamW, partial(AdamW, fused=True), partial(SGD, momentum=0.9)], ids=str)
-def test_a_gradient_scaler_changes_no_bit(base):
-    """A scale that is a power of two: dots, v and the update are those without it."""
-    problem, opt = make(base, torch.float32)
-    twin, other = make(base, torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for _ in range(3):
-        with opt.forget():
-            scaler.scale(problem.forget_loss()).backward()
-        with opt.retain(grad_scale=scaler):
-            scaler.scale(problem.retain_loss()).backward()
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
-        step_by_phases(other, twin)
-        assert opt.statistics.to_dict() == other.statistics.to_dict()
-    assert_same_bits(snapshot(opt), snapshot(other))
-
-
-def test_the_scale_has_to_be_told():
-    problem, opt = make()
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with opt.forget():
-        scaler.scale(problem.forget_loss()).backward()
-    with opt.retain():
-        scaler.scale(problem.retain_loss()).backward()
-    with pytest.raises(RuntimeError, match="must know the loss scale"):
-        scaler.step(opt)
-
-
-@backends
-@pytest.mark.parametrize("base", [AdamW, partial(AdamW, fused=True), partial(SGD, momentum=0.9)], ids=str)
-@pytest.mark.parametrize("step", [step_by_closures, step_by_phases])
-@pytest.mark.parametrize("first", [0, 2], ids=["first-step", "later-step"])
-def test_a_gradient_that_is_not_finite_skips_the_step(base, backend, step, first):
-    problem, opt = make(base, backend=backend)
-    twin, other = make(base, backend=backend)
-    for _ in range(first):
-        step(opt, problem)
-        step(other, twin)
-    whole = problem.retain_loss
-    before = snapshot(opt)
-    problem.retain_loss = lambda *parts: whole(*parts) * float("inf")
-    step(opt, problem)
-    after = snapshot(opt)
-    if first:
-        assert_same_bits(after, before)
-    else:  # The state is there, as torch makes it before it skips.
-        assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("parameter"))
-        assert all(not value.any() for name, value in after.items() if name.startswith(("exp_avg", "step")))
-    assert int(opt.statistics.skipped) == 1
-    problem.retain_loss = whole
-    for _ in range(2):
-        step(opt, problem)
-        step(other, twin)
-    assert_same_bits(snapshot(opt), snapshot(other))
-
-
-def test_an_error_in_the_rule_leaves_everything_as_it_was():
-    problem, opt = make(rule=lambda dots, gamma, alpha: (_ for _ in ()).throw(ValueError("mine")))
-    before = snapshot(opt)
-    with pytest.raises(ValueError, match="mine"):
-        step_by_closures(opt, problem)
-    assert snapshot(opt).keys() == before.keys()
-    assert not opt.state
-
-
-@pytest.mark.parametrize("base", [AdamW, partial(AdamW, fused=True, amsgrad=True), partial(SGD, momentum=0.9)], ids=str)
-@pytest.mark.parametrize("how", ["state dict", "pickle", "deepcopy"])
-def test_a_resumed_run_has_the_same_bits(base, how):
-    problem, opt = make(base, torch.float32)
-    for _ in range(3):
-        step_by_closures(opt, problem)
-    if how == "state dict":
-        file = io.BytesIO()
-        torch.save([opt.state_dict(), problem.model.state_dict()], file)
-        file.seek(0)
-        state, weights = torch.load(file)
-        twin, other = make(base, torch.float32)
-        twin.model.load_state_dict(weights)
-        other.load_state_dict(state)
-    else:
-        twin, other = copy.deepcopy((problem, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((problem, opt)))
-    for _ in range(2):
-        step_by_closures(opt, problem)
-        step_by_closures(other, twin)
-    assert_same_bits(snapshot(other), snapshot(opt))
-
-
-def test_checkpoints_of_the_other_metric_load_with_a_warning():
-    problem, opt = make()
-    step_by_closures(opt, problem)
-    plain_problem = Problem()
-    plain = BLUR(plain_problem.params, AdamW, lr=0.1)
-    step_by_closures(plain, plain_problem)
-    of_plain, of_metric = copy.deepcopy(plain.state_dict()), copy.deepcopy(opt.state_dict())
-    with pytest.warns(UserWarning, match="comes from a run with metric='retain'"):
-        plain.load_state_dict(of_metric)
-    assert "retain_mean_sq" not in plain.param_groups[0]
-    step_by_closures(plain, plain_problem)
-    opt.load_state_dict(of_plain)
-    with pytest.warns(UserWarning, match="`exp_avg_sq` in this optimizer's state is not the second moment"):
-        step_by_closures(opt, problem)
-    step_by_closures(opt, problem)  # Said once.
-    bare = AdamW(Problem().params, lr=0.1)
-    bare.load_state_dict(of_metric)  # As torch does it: what it does not know stays in the groups.
-
-
-def test_groups_with_betas_and_rates_of_their_own_and_one_added_later():
-    problem = Problem()
-    groups = [{"params": problem.params[:2], "betas": (0.8, 0.9), "lr": 0.05}, {"params": problem.params[2:3]}]
-    opt = BLUR(groups, AdamW, lr=0.1, metric="retain")
-    step_by_closures(opt, problem)
-    problem.params[3].grad = None  # The loss reached it, the optimizer did not.
-    opt.add_param_group({"params": problem.params[3:]})
-    step_by_closures(opt, problem)
-    assert [int(opt.state[p]["step"]) for p in problem.params] == [2, 2, 2, 1]
-    v = opt.state[problem.params[3]]["exp_avg_sq"]
-    assert v.any()
-    means = {float(group["retain_mean_sq"]) for group in opt.param_groups}
-    assert len(means) == 1
-    corrected = [
-        opt.state[p]["exp_avg_sq"] / (1 - group["betas"][1] ** opt.state[p]["step"].double())
-        for group in opt.param_groups
-        for p in group["params"]
-    ]
-    assert means.pop() == pytest.approx(float(torch.cat([c.flatten() for c in corrected]).mean()), rel=1e-12)
-
-
-@backends
-def test_parameters_without_one_gradient_or_both(backend):
-    """v of what has no retain gradient decays; what has none at all is left alone."""
-    problem, opt = make(backend=backend)
-    step_by_closures(opt, problem)
-    head, v = problem.params[2], opt.state[problem.params[2]]["exp_avg_sq"].clone()
-    problem.params[0].requires_grad_(False)
-    frozen = problem.params[0].clone()
-    opt.step(problem.forget_loss, lambda: problem.params[1].square().sum())
-    assert torch.allclose(opt.state[head]["exp_avg_sq"], 0.999 * v, rtol=1e-12)
-    assert torch.equal(problem.params[0], frozen)
-    assert int(opt.state[problem.params[0]]["step"]) == 1
-    assert int(opt.state[head]["step"]) == 2
-
-
-def test_complex_parameters_count_as_their_parts():
-    parts = nn.Parameter(torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    whole = nn.Parameter(torch.view_as_complex(parts.detach().clone()))
-    weights = torch.arange(8.0).view(4, 2).double()
-    for p, view in ((parts, lambda: parts), (whole, lambda: torch.view_as_real(whole))):
-        opt = BLUR([p], AdamW, lr=0.1, metric="retain")
-        for _ in range(3):
-            opt.step(lambda view=view: (view() * weights).sin().sum(), lambda view=view: (view() - 1).square().sum())
-    torch.testing.assert_close(torch.view_as_real(whole.detach()), parts.detach(), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@backends
-def test_other_dtypes_follow_float64(dtype, backend):
-    problem, opt = make(dtype=dtype, backend=backend, lr=0.01)
-    twin, other = make(lr=0.01)
-    twin.forget_inputs, twin.retain_inputs = problem.forget_inputs.double(), problem.retain_inputs.double()
-    with torch.no_grad():
-        for p, q in zip(twin.params, problem.params, strict=True):
-            p.copy_(q)
-    for _ in range(3):
-        step_by_closures(opt, problem)
-        step_by_closures(other, twin)
-    # The gradients are rounded to the dtype, and three adaptive steps of 0.01 pass that on in full at most.
-    atol = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    assert_params_close([p.double() for p in problem.params], twin.params, rtol=0, atol=atol)
 
 
 def test_hooks_see_the_update_and_run_once():

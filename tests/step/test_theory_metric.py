@@ -78,6 +78,7 @@ def test_the_descent_of_theorem_3_2(gamma, steps, lr):
     assert sum(asked) / steps <= bound
 
 
+@pytest.mark.filterwarnings("ignore:`retain_weight` is 100")  # Unusual on purpose.
 def test_first_order_decrease_is_that_of_forgetting_alone():
     """<g_f, step> = -lr gamma s |g_f|_P^2 whatever the retain loss wants, and for the step that is taken."""
     drops = []

@@ -17,6 +17,20 @@ from blur_optim.step.rules import UserRule
 from blur_optim.step.statistics import StepStatistics
 
 
+def check_metric(metric: str) -> None:
+    """Refuse the metric of the retain loss with an engine.
+
+    Raises:
+        ValueError: ``metric`` is not ``"euclidean"``.
+    """
+    if metric != "euclidean":
+        raise ValueError(
+            f"`metric` must be 'euclidean' with an engine, got {metric!r}: the engine's optimizer makes its second "
+            "moments of the update, and the retain metric needs those of the retain gradient. Use FSDP2 "
+            "(fully_shard; fsdp=True in a Trainer)."
+        )
+
+
 class DeepSpeedBLUR(BLUR):
     r"""Step along the forget gradient and the part of the retain gradient that does not undo it, with ZeRO.
 
@@ -78,11 +92,7 @@ class DeepSpeedBLUR(BLUR):
         metric: str = "euclidean",
         damping: float = 0.01,
     ) -> None:
-        if metric != "euclidean":
-            raise ValueError(
-                f"`metric` must be 'euclidean' with an engine, got {metric!r}: the engine's optimizer makes its second "
-                "moments of the update, and the retain metric needs those of the retain gradient. Use fully_shard."
-            )
+        check_metric(metric)
         if stash == "recompute":
             raise ValueError(
                 "`stash` must not be 'recompute' with an engine, which has phases only. Use 'int8' or 'cpu'."

@@ -1,0 +1,33 @@
+"""The options of BLUR that several command lines have: how the two gradients are compared."""
+
+import argparse
+
+from .arguments import not_negative
+
+RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
+METRICS = ("euclidean", "retain")
+DAMPING = 0.01
+
+
+def add_rule_and_metric(group: argparse._ArgumentGroup) -> None:
+    """Add ``--rule``, ``--metric`` and ``--damping``."""
+    group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
+    group.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="euclidean",
+        help="retain: steps that cost the retain loss least, by the second moments of its gradient. Weights are then "
+        "steps in units of --lr, 1 the usual; docs/method.md (default: euclidean, the paper)",
+    )
+    group.add_argument("--damping", type=not_negative, metavar="X", help=f"of --metric retain (default: {DAMPING:g})")
+
+
+def check_metric(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in the damping; leave where options were given that the metric does not go with."""
+    if options.damping is not None and options.metric != "retain":
+        parser.error("argument --damping: needs --metric retain, which was not given")
+    if options.metric == "retain" and getattr(options, "stash", None) == "recompute":
+        parser.error(
+            "argument --stash: recompute never has the whole retain gradient, which --metric retain needs; int8 does"
+        )
+    options.damping = DAMPING if options.damping is None else options.damping
