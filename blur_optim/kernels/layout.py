@@ -1,9 +1,12 @@
 """How elements lie in memory: what decides whether one loop can visit several tensors."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Contiguous(list[Tensor]):
@@ -16,6 +19,11 @@ class Contiguous(list[Tensor]):
 def are_contiguous(*lists: Sequence[Tensor]) -> bool:
     """Whether every tensor of every list is contiguous."""
     return all(isinstance(tensors, Contiguous) or all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
+
+
+def as_list(values: Sequence[T]) -> list[T]:
+    """What an operator takes as a list, without a copy where it is one."""
+    return values if isinstance(values, list) else list(values)
 
 
 def is_dense(t: Tensor) -> bool:
