@@ -23,6 +23,7 @@ FORGET_ONLY = "forget-only"
 BASELINE = "weighted_sum"
 
 RETAIN_METRIC: dict[str, Any] = {"metric": "retain", "betas": (0.9, 0.99)}
+DAMPINGS, BETAS = ("0.1", "0.001", "0"), ("0.9", "0.999")  # beside 0.01 and 0.99
 #: By name: options of BLUR. A class under "rule" is called for every run anew, for it remembers.
 COMBINATIONS: dict[str, dict[str, Any]] = {
     BASELINE: {"rule": "weighted_sum"},
@@ -42,6 +43,8 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "blur-metric": {"rule": "blur", **RETAIN_METRIC},
     "sum-metric": {"rule": "weighted_sum", **RETAIN_METRIC},
     "normalized-metric": {"rule": "normalized", **RETAIN_METRIC},
+    **{f"metric-damping-{value}": {"rule": "blur", **RETAIN_METRIC, "damping": float(value)} for value in DAMPINGS},
+    **{f"metric-beta-{value}": {"rule": "blur", **RETAIN_METRIC, "betas": (0.9, float(value))} for value in BETAS},
 }
 #: By name: what makes an update of its own, of parameters, ``gamma`` and AdamW's options.
 OWN: dict[str, Callable[..., TwoGradients]] = {
@@ -53,16 +56,11 @@ OWN: dict[str, Callable[..., TwoGradients]] = {
 }
 
 
-#: By name: options of RetainMetric, which is BLUR's ``metric="retain"`` with one thing left out or exchanged.
-IN_THE_METRIC: dict[str, dict[str, Any]] = {
+#: By name: options of RetainMetric, for what the library's ``metric="retain"`` has no option to leave out or exchange.
+ABLATIONS: dict[str, dict[str, Any]] = {
     "metric-of-sum": {"second_moment_of": "sum"},
     "metric-power-1": {"power": 1.0},
     "metric-no-floor": {"floor": 0.0},
-    "metric-damping-0.1": {"damping": 0.1},
-    "metric-damping-0.001": {"damping": 0.001},
-    "metric-damping-0": {"damping": 0.0},
-    "metric-beta-0.9": {"betas": (0.9, 0.9)},
-    "metric-beta-0.999": {"betas": (0.9, 0.999)},
     "metric-damped-by-tensor": {"damping_scope": "parameter"},
 }
 
@@ -94,7 +92,7 @@ def parse_method(text: str) -> Method:
     losses, _, combine = text.partition("/")
     forget_loss, _, retain_loss = losses.partition("+")
     method = Method(forget_loss, retain_loss or ("rmu" if forget_loss == "rmu" else "nll"), combine)
-    combinations = (*COMBINATIONS, *OWN, *IN_THE_METRIC, FORGET_ONLY)
+    combinations = (*COMBINATIONS, *OWN, *ABLATIONS, FORGET_ONLY)
     if forget_loss in FORGET_LOSSES and method.retain_loss in RETAIN_LOSSES and combine in combinations:
         if (forget_loss == "rmu") != (method.retain_loss == "rmu"):
             raise InputError(f"--methods: rmu goes with rmu, got {text!r}. Its losses are distances of activations.")
@@ -118,8 +116,8 @@ def make_optimizer(
         return Dampening(params, gamma=weight, steps=steps, **adamw)
     if method.combine in OWN:
         return OWN[method.combine](params, gamma=weight, **adamw)
-    if method.combine in IN_THE_METRIC:
-        return RetainMetric(params, gamma=weight, **IN_THE_METRIC[method.combine], **adamw)
+    if method.combine in ABLATIONS:
+        return RetainMetric(params, gamma=weight, **ABLATIONS[method.combine], **adamw)
     options = dict(COMBINATIONS[method.combine])
     if isinstance(options["rule"], type):
         options["rule"] = options["rule"]()
@@ -132,8 +130,7 @@ def weight_scale(method: Method, unit_scale: float) -> float:
     Found on the tuning seed of TOFU. NPO and DPO are sums over an answer's tokens, of which there are some tens; the
     others are means, and unit gradients know no size.
     """
-    scale_free = method.combine in IN_THE_METRIC or method.combine.endswith("-metric")
-    if scale_free or method.combine in ("dampening", "dual-moments"):  # Adam knows no size either.
+    if "metric" in method.combine or method.combine in ("dampening", "dual-moments"):  # Adam knows no size either.
         return 1.0
     if "normalized" in method.combine:
         return unit_scale

@@ -1,4 +1,7 @@
-"""The bi-level step in the metric of the retain loss, with what its ablations change."""
+"""The bi-level step in the metric of the retain loss, written plainly: for ablations, and to hold the library to.
+
+``blur-metric`` and all that only sets an option of it is ``BLUR(..., metric="retain")``; see ``methods``.
+"""
 
 from __future__ import annotations
 

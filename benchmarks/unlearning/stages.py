@@ -40,7 +40,7 @@ def run_setting(settings: Settings, cache: Path, processes: int, command: str, p
         each = Stage(settings, cache, pool, progress)
         each.run("models", train, [pair for pair in _models(settings) if not is_trained(cache, settings, *pair)])
         for role in ROLES:
-            missing = [n for n in range(settings.targets) if not yardstick_file(folder, role, n).is_file()]
+            missing = [n for n in _numbers(settings, role) if not yardstick_file(folder, role, n).is_file()]
             each.run(f"scores of the {role}", measure, [(role, n) for n in missing])
         each.run("tuning", unlearn, _missing(folder, tuning_jobs(settings)))
         selected = select(settings, folder)
@@ -96,7 +96,13 @@ class Stage:
 
 
 def _models(settings: Settings) -> list[tuple[str, int]]:
-    return [(role, number) for number in range(settings.targets) for role in ROLES]
+    return [(role, number) for role in ROLES for number in _numbers(settings, role)]
+
+
+def _numbers(settings: Settings, role: str) -> list[int]:
+    """Return which models of a role the seeds need; tuning compares with no retrained model."""
+    seeds = settings.seeds if role == RETRAINED else (settings.tuning_seed, *settings.seeds)
+    return sorted({seed % settings.targets for seed in seeds})
 
 
 def tuning_jobs(settings: Settings) -> list[Job]:
@@ -171,7 +177,7 @@ def _mean_forgotten(run: dict[str, Any], target: dict[str, Any], taus: Iterable[
         for look in _looks(run)
     ]
     found = [lowest_at([*path, *crossings(path, tau)], tau) for tau in taus]
-    return statistics.fmean(target["forget"]["log_prob"] if value is None else value for value in found)
+    return statistics.fmean(target["forget"]["log_prob"] if point is None else point.log_prob for point in found)
 
 
 def _merit(runs: list[dict[str, Any]], target: dict[str, Any]) -> tuple[float, float]:
@@ -201,13 +207,18 @@ def kept(look: dict[str, Any], target: dict[str, Any]) -> float:
 
 def describe(settings: Settings, folder: Path, selected: Selected, command: str) -> None:
     """Write settings.json and the yardsticks of each seed, from which the report is made."""
+    tuned_on = _read(yardstick_file(folder, TARGET, settings.tuning_seed % settings.targets))
+    if settings.targets > 1:  # Else it is the one of all seeds.
+        write_json(folder / "tuning-target.json", tuned_on)
     for role in ROLES:
         for seed in settings.seeds:
             name = f"{role}-{seed}" if settings.targets > 1 else role
             write_json(folder / f"{name}.json", _read(yardstick_file(folder, role, seed % settings.targets)))
-    parameters = _read(yardstick_file(folder, TARGET, 0))["parameters"]
     source = Path(settings.data).name if settings.data else "invented authors"
-    about = {"model": {"name": settings.model, "parameters": parameters}, "data": f"{source}, {settings.subset}"}
+    about = {
+        "model": {"name": settings.model, "parameters": tuned_on["parameters"]},
+        "data": f"{source}, {settings.subset}",
+    }
     if settings.blocks:
         first, *others = settings.blocks
         compared = ", ".join(map(str, others))
@@ -216,7 +227,7 @@ def describe(settings: Settings, folder: Path, selected: Selected, command: str)
     for job in sweep_jobs(settings, selected):
         if job.weight not in sweep[job.method]:
             sweep[job.method].append(job.weight)
-    about |= {"sweep_weights": sweep, "rows": _read(yardstick_file(folder, TARGET, 0))["rows"]}
+    about |= {"sweep_weights": sweep, "rows": tuned_on["rows"]}
     made_by = {"selected": selected, "command": command, "commit": _commit(), "versions": installed_versions(PACKAGES)}
     write_json(folder / "settings.json", settings.to_json() | about | made_by)
 

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from blur_optim.kernels.layout import as_list
 from blur_optim.kernels.unlike_layouts import (
     blend_the_unusual_,
     in_one_order,
@@ -72,7 +74,7 @@ def multi_tensor_dots(
     if not forget:
         return torch.zeros(num_rows, 3, dtype=torch.float64)
     forget, retain = in_one_order(forget, retain)
-    return cast(Tensor, _op("multi_tensor_dots")(forget, retain, list(rows), num_rows, list(scales)))
+    return cast(Tensor, _op("multi_tensor_dots")(forget, retain, as_list(rows), num_rows, as_list(scales)))
 
 
 def multi_tensor_blend_(
@@ -105,7 +107,7 @@ def multi_tensor_metric_dots(
     forget, retain = in_one_order(forget, retain)
     moments = [in_order_of_gradients(v, forget, retain) for v in (exp_avg_sqs, max_exp_avg_sqs)]
     dots = _op("multi_tensor_metric_dots")
-    return cast(Tensor, dots(forget, retain, *moments, list(rows), num_rows, metric.contiguous(), list(scales)))
+    return cast(Tensor, dots(forget, retain, *moments, as_list(rows), num_rows, metric.contiguous(), as_list(scales)))
 
 
 def multi_tensor_metric_blend_(
@@ -131,7 +133,7 @@ def multi_tensor_metric_blend_(
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     if grads:
-        _op("multi_tensor_compress_")(list(values), list(scales), list(grads))
+        _op("multi_tensor_compress_")(list(values), as_list(scales), list(grads))
         increment_version([*values, *scales])
 
 
@@ -151,15 +153,15 @@ def fused_adamw_(
     **options: Any,
 ) -> None:
     _op("fused_adamw_")(
-        *(list(tensors) for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(as_list, (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         steps,
         lr,
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
+    increment_version(chain(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
 
 
 def fused_sgd_(
@@ -175,14 +177,14 @@ def fused_sgd_(
     **options: Any,
 ) -> None:
     _op("fused_sgd_")(
-        *(list(tensors) for tensors in (params, momentum_buffers, forget, retain)),
-        list(rows),
+        *map(as_list, (params, momentum_buffers, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         lr,
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *momentum_buffers])
+    increment_version(chain(params, momentum_buffers))
 
 
 def metric_adamw_(
@@ -202,16 +204,16 @@ def metric_adamw_(
     **options: Any,
 ) -> None:
     _op("metric_adamw_")(
-        *(list(tensors) for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(as_list, (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         steps,
         lr,
         metric.contiguous(),
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
+    increment_version(chain(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
 
 
 def metric_sgd_(
@@ -229,15 +231,15 @@ def metric_sgd_(
     **options: Any,
 ) -> None:
     _op("metric_sgd_")(
-        *(list(tensors) for tensors in (params, momentum_buffers, exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(as_list, (params, momentum_buffers, exp_avg_sqs, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         lr,
         metric.contiguous(),
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *momentum_buffers, *exp_avg_sqs])
+    increment_version(chain(params, momentum_buffers, exp_avg_sqs))
 
 
 def _op(name: str) -> Callable[..., Any]:

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from blur_optim.kernels import foreach
-from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense
+from blur_optim.kernels.layout import are_contiguous, as_list, dense_alike, in_order_of, is_dense
 
 
 def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients with the elements of each pair in one order: as they are, or copies where layouts are unusual."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
-        return list(forget), list(retain)
+    if are_contiguous(forget, retain):
+        return as_list(forget), as_list(retain)
     forget = [f if is_dense(f) else f.contiguous() for f in forget]
     retain = [
         in_order_of(r, f) if f.numel() == r.numel() else r.contiguous() for f, r in zip(forget, retain, strict=True)
@@ -21,6 +21,8 @@ def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[li
 
 def in_order_of_gradients(state: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[Tensor]:
     """``state`` with the elements of each tensor in the order of its gradients': as they are, or copies."""
+    if are_contiguous(state, forget, retain):
+        return as_list(state)
     grads = (f if f.numel() else r for f, r in zip(forget, retain, strict=True))
     return [in_order_of(t, grad) for t, grad in zip(state, grads, strict=True)] if state else []
 
@@ -33,7 +35,7 @@ def blend_the_unusual_(
     scales: Sequence[Tensor],
 ) -> list[int]:
     """Blend the pairs of unusual layout, whose results a copy would miss, by the other backend. The indices left."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
+    if are_contiguous(forget, retain):
         return list(range(len(retain)))
     dense: list[int] = []
     for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
@@ -55,6 +57,8 @@ def metric_blend_the_unusual_(
     scales: Sequence[Tensor],
 ) -> list[int]:
     """As :func:`blend_the_unusual_`, with the second moments."""
+    if are_contiguous(retain, forget, exp_avg_sqs):
+        return list(range(len(retain)))
     dense: list[int] = []
     for i, (r, f, v) in enumerate(zip(retain, forget, exp_avg_sqs, strict=True)):
         present = [t for t in (r, f) if t.numel()]

@@ -230,10 +230,11 @@ def test_the_step_in_the_metric_is_its_equation(rule: str, damping_scope: str, p
         torch.testing.assert_close(gained, asked, **EXACT)
 
 
-@pytest.mark.parametrize("combine", ["blur-metric", "sum-metric", "normalized-metric"])
+@pytest.mark.parametrize("combine", [name for name in COMBINATIONS if "metric" in name])
 def test_without_what_ablations_change_it_is_the_library_s_step(combine: str) -> None:
     ours, theirs = Problem(), Problem()
-    own = RetainMetric(ours.params, 0.3, lr=LR, rule=COMBINATIONS[combine]["rule"])
+    options = {name: value for name, value in COMBINATIONS[combine].items() if name != "metric"}
+    own = RetainMetric(ours.params, 0.3, lr=LR, **options)
     library = make_optimizer(Method("npo", "nll", combine), theirs.params, 0.3, LR, 4)
     for _ in range(4):
         ours.step(own)

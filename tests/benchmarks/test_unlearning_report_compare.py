@@ -23,21 +23,23 @@ def test_equal_points_are_on_the_front_once() -> None:
 
 @pytest.mark.parametrize(("tau", "expected"), [(0.99, -0.1), (0.95, -1.0), (0.9, -2.0), (1.01, None)])
 def test_the_lowest_log_prob_is_among_points_that_keep_enough(tau: float, expected: float | None) -> None:
-    assert lowest_at(points((1.0, -0.1), (0.95, -1.0), (0.91, -2.0), (0.89, -9.0)), tau) == expected
+    found = lowest_at(points((1.0, -0.1), (0.95, -1.0), (0.91, -2.0), (0.89, -9.0)), tau)
+    assert (found and found.log_prob) == expected
 
 
 def test_a_share_that_is_tau_but_for_rounding_counts() -> None:
     kept = 0.99 * 0.011 / 0.011
     assert kept < 0.99  # or this proves nothing
-    assert lowest_at(points((kept, -1.0)), 0.99) == -1.0
+    assert lowest_at(points((kept, -1.0)), 0.99) == Point(kept, -1.0, math.exp(-1))
     assert lowest_at(points((0.9499, -1.0)), 0.95) is None
 
 
 def test_the_start_alone_is_not_unlearning() -> None:
     start = Point(1.0, -0.02, 0.98, start=True)
     assert lowest_at([start, *points((0.5, -9.0))], 0.9) is None
-    assert lowest_at([start, *points((0.9, -1.0))], 0.9) == -1.0
-    assert lowest_at([start, *points((1.0, -0.01))], 0.9) == -0.02
+    [forgotten] = points((0.9, -1.0))
+    assert lowest_at([start, forgotten], 0.9) is forgotten
+    assert lowest_at([start, *points((1.0, -0.01))], 0.9) is start
 
 
 def test_hypervolume_is_the_area_of_the_union() -> None:

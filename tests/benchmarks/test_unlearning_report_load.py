@@ -37,7 +37,21 @@ def test_each_seed_has_its_own_target_where_there_are_several(tmp_path: Path) ->
     found = setting.target(2)
     assert found is not None
     assert found.final.forget.log_prob == -0.5
-    assert setting.target(1) is setting.targets[None]
+    assert setting.target(1) is setting.tuning_target is setting.targets[None]
+    write(folder / "tuning-target.json", {"final": measured(-0.7), "scores": {}, "training": {}})
+    tuned_on = load(folder).tuning_target
+    assert tuned_on is not None
+    assert tuned_on.final.forget.log_prob == -0.7
+
+
+def test_the_retrained_model_is_that_of_the_seed_or_of_all(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "in", [])
+    write(folder / "retrained-2.json", {"final": measured(-9.0), "scores": {}, "training": {}})
+    setting = load(folder)
+    levels = [model.final.forget.log_prob for seed in (1, 2) if (model := setting.retrained_model(seed))]
+    assert levels == [-2.0, -9.0]
+    (folder / "retrained.json").unlink()
+    assert load(folder).retrained_model(1) is None
 
 
 def test_what_is_not_finite_is_nothing(tmp_path: Path) -> None:

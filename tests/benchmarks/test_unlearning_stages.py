@@ -305,6 +305,15 @@ def test_several_targets_are_trained_and_judged_once_each(tmp_path: Path, worker
         assert Counter(call for name, call in workers.calls if name == stage) == expected
 
 
+def test_models_that_no_seed_needs_are_not_trained(tmp_path: Path, workers: Workers) -> None:
+    run(
+        replace(SETTINGS, targets=4, seeds=(1, 5, 2)), tmp_path
+    )  # 5 is 1 modulo 4; tuning, on 0, needs its target alone
+    expected = {("target", 0), ("target", 1), ("target", 2), ("retrained", 1), ("retrained", 2)}
+    for stage in ("train", "measure"):
+        assert {call for name, call in workers.calls if name == stage} == expected
+
+
 # -- What the report is made from ------------------------------------------------------------------------------------
 
 
@@ -326,8 +335,10 @@ def test_several_targets_are_yardsticks_by_seed(tmp_path: Path, workers: Workers
     assert names == {
         "settings.json",
         "sources.json",
+        "tuning-target.json",
         *(f"{role}-{seed}.json" for role in ("target", "retrained") for seed in (1, 2, 3)),
     }
+    assert read(folder / "tuning-target.json")["scores"] == {"number": 0}
     for seed, number in ((1, 1), (2, 0), (3, 1)):
         assert read(folder / f"target-{seed}.json")["scores"] == {"number": number}
         assert read(folder / f"retrained-{seed}.json")["role"] == "retrained"

@@ -86,12 +86,12 @@ def front(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(best)
 
 
-def lowest_at(points: Iterable[Point], tau: float) -> float | None:
-    """Return the lowest log p_forget among points that keep at least tau; None if only the start does."""
+def lowest_at(points: Iterable[Point], tau: float) -> Point | None:
+    """Return the point of lowest log p_forget among those that keep at least tau; None if only the start does."""
     enough = [point for point in points if point.kept >= tau * (1 - ROUNDING)]
     if all(point.start for point in enough):
         return None
-    return min(point.log_prob for point in enough)
+    return min(enough, key=lambda point: point.log_prob)
 
 
 def crossings(path: Sequence[Point], tau: float) -> Iterator[Point]:

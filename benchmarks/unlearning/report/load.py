@@ -133,7 +133,8 @@ class Cost:
 class Setting:
     """All that a folder holds. Yardsticks are by seed; under None the one for every seed.
 
-    ``sweep_weights`` has the weights of each method, where they are not ``weights`` for all.
+    ``tuning_target`` is what the runs of the tuning seed began from, None if not known. ``sweep_weights`` has the
+    weights of each method, where they are not ``weights`` for all.
     """
 
     values: dict[str, Any]
@@ -146,6 +147,7 @@ class Setting:
     lrs: tuple[float, ...]
     tuning_seed: int | None
     selected: dict[str, Selected]
+    tuning_target: Yardstick | None
     targets: dict[int | None, Yardstick]
     retrained: dict[int | None, Yardstick]
     runs: tuple[Run, ...]
@@ -156,6 +158,10 @@ class Setting:
         """Return the model that runs of this seed began from."""
         return self.targets.get(seed, self.targets.get(None))
 
+    def retrained_model(self, seed: int) -> Yardstick | None:
+        """Return the model that runs of this seed should come to."""
+        return self.retrained.get(seed, self.retrained.get(None))
+
 
 def load(folder: Path) -> Setting:
     """Read the folder of one setting; only ``settings.json`` must be there.
@@ -164,6 +170,7 @@ def load(folder: Path) -> Setting:
         InputError: a file is not as it should be; names the file and the field.
     """
     fields = _read(folder / "settings.json")
+    targets, tuning_target = _yardsticks(folder, "target"), folder / "tuning-target.json"
     cost = _read(folder / "cost.json") if (folder / "cost.json").is_file() else None
     return Setting(
         values=fields.values,
@@ -176,7 +183,8 @@ def load(folder: Path) -> Setting:
         lrs=fields.numbers("lrs"),
         tuning_seed=fields.integer("tuning_seed") if fields.values.get("tuning_seed") is not None else None,
         selected=_selected(fields),
-        targets=_yardsticks(folder, "target"),
+        tuning_target=_yardstick(_read(tuning_target)) if tuning_target.is_file() else targets.get(None),
+        targets=targets,
         retrained=_yardsticks(folder, "retrained"),
         runs=tuple(_run(_read(path)) for path in sorted((folder / "runs").glob("*.json"))),
         cost_baseline=cost.text("baseline") if cost else None,
@@ -221,16 +229,19 @@ def _yardsticks(folder: Path, name: str) -> dict[int | None, Yardstick]:
         seed = path.stem.removeprefix(name).removeprefix("-")
         if seed and not seed.isdecimal():
             raise InputError(f"{path} must be named {name}.json or {name}-<seed>.json.")
-        fields = _read(path)
-        found[int(seed) if seed else None] = Yardstick(
-            _measured(fields.child("final")),
-            _memorisation(fields.child("final")),
-            _scores(fields) or {},
-            _relearning(fields),
-            _probability(fields.child("unseen")) if fields.values.get("unseen") else None,
-            _measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
-        )
+        found[int(seed) if seed else None] = _yardstick(_read(path))
     return found
+
+
+def _yardstick(fields: Fields) -> Yardstick:
+    return Yardstick(
+        _measured(fields.child("final")),
+        _memorisation(fields.child("final")),
+        _scores(fields) or {},
+        _relearning(fields),
+        _probability(fields.child("unseen")) if fields.values.get("unseen") else None,
+        _measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
+    )
 
 
 def _measured(fields: Fields) -> Measured:

@@ -7,7 +7,7 @@ from .compare import NO_PAIR, ONE_SEED, TAUS, TRIFLE, Paired
 from .figures import DRAWINGS
 from .reading import MAIN_TAU, reading
 from .summary import Summary
-from .tables import Cell, Column, Table
+from .table import Cell, Column, Table
 
 TRACKS = {"tofu": "TOFU", "muse": "MUSE", "wmdp": "WMDP"}
 FIGURES = "figures"  # the folder beside the Markdown file
@@ -23,6 +23,7 @@ FORMATS: Mapping[str, Callable[[Cell], str]] = {
     "p": numbers.p_value,
     "share": lambda cell: numbers.percent(cell.mean),
     "span": numbers.span,
+    "number": lambda cell: numbers.fixed(cell, 3),
     "ratio": lambda cell: f"{cell:.2f}",
     "paired": lambda cell: numbers.interval(cell, 3),
     "wins": lambda cell: f"{cell.wins} of {cell.pairs}",
@@ -54,6 +55,13 @@ SECTIONS = {
         "The same comparison, with θ₀ + s(θ_u − θ₀) in place of the moments of a run: θ₀ the target, θ_u the end of "
         "the run, s from 1 down to where 99 % is kept. It asks which way a method went, not how far.",
     ),
+    "ratios": (
+        "Run by run",
+        None,
+        "p_forget where it is lowest of what keeps so much, and how many times the weighted sum's of the same losses "
+        "and the retrained model's it is: median [least, largest] over seeds, and in how many of those with a value of "
+        "the other's.",
+    ),
     "selected": (
         "At the selected weight",
         "memorisation",
@@ -78,6 +86,13 @@ SECTIONS = {
         "weights",
         "The ablation of γ (and λ = 1/w of the weighted sum), at the end of the run.",
     ),
+    "tuning": (
+        "What tuning tried",
+        None,
+        "Lowest log p_forget along the runs of the tuning seed, on its own target, and the area that each dominates. "
+        "*One setting*: of those tried with all the losses the one whose worst is best, by its hypervolume as a share "
+        "of that of what was chosen for the losses.",
+    ),
     "relearning": (
         "Relearning",
         "relearning",
@@ -99,7 +114,7 @@ SECTIONS = {
 }
 
 
-OPTIONAL = ("line", "quantized", "stopping")  # only some settings look there
+OPTIONAL = ("line", "tuning", "quantized", "stopping")  # only some settings look there
 
 
 def pairs(cell: Paired) -> str:

@@ -11,7 +11,7 @@ from .compare import Paired
 from .load import RELEARNED, STEP_NUMBERS, Run
 from .reading import reading
 from .summary import MethodSummary, Summary
-from .tables import Table
+from .table import Table
 
 FORMAT = 1
 DIGITS = 5

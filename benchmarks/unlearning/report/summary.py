@@ -20,18 +20,31 @@ class MethodSummary:
         runs: of the sweep, one for each learning rate, weight and seed.
         expected: the weight and seed of each run that there will be.
         points: by seed, of all runs and of their paths. A seed that has not run is absent, here and below.
-        at_tau: lowest log p_forget by tau and seed, between looks too; None where nothing keeps that much.
-        on_line: the same on the straight line from the target to the end of a run; of seeds whose runs looked there.
+        tuning: the runs on the tuning seed.
+        lowest: where p_forget is lowest, by tau and seed, between looks too; None where nothing keeps that much.
+        lowest_on_line: the same on the straight line from the target to the end of a run; of seeds whose runs looked
+            there.
     """
 
     method: Method
     selected: Selected | None
     runs: tuple[Run, ...]
+    tuning: tuple[Run, ...]
     expected: tuple[tuple[float, int], ...]
     points: dict[int, tuple[Point, ...]]
-    at_tau: dict[float, dict[int, float | None]]
-    on_line: dict[float, dict[int, float | None]]
+    lowest: dict[float, dict[int, Point | None]]
+    lowest_on_line: dict[float, dict[int, Point | None]]
     hypervolumes: dict[int, float]
+
+    @property
+    def at_tau(self) -> dict[float, dict[int, float | None]]:
+        """Return the log p_forget of ``lowest``."""
+        return _log_probs(self.lowest)
+
+    @property
+    def on_line(self) -> dict[float, dict[int, float | None]]:
+        """Return the log p_forget of ``lowest_on_line``."""
+        return _log_probs(self.lowest_on_line)
 
     @property
     def missing(self) -> tuple[tuple[float, int], ...]:
@@ -133,7 +146,10 @@ def summarize(setting: Setting) -> Summary:
     tuning = [run for run in runs if run.stage != SWEEP]
     return Summary(
         setting=setting,
-        methods=tuple(_summarize(setting, m, [run for run in sweep if run.method == m]) for m in setting.methods),
+        methods=tuple(
+            _summarize(setting, m, *([run for run in some if run.method == m] for some in (sweep, tuning)))
+            for m in setting.methods
+        ),
         left_out=len(setting.runs) - len(sweep) - len(tuning),
     )
 
@@ -144,7 +160,7 @@ def _is_planned(setting: Setting, run: Run) -> bool:
     return weights is None or (run.weight in weights and (selected is None or run.lr == selected.lr))
 
 
-def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSummary:
+def _summarize(setting: Setting, method: Method, runs: list[Run], tuning: list[Run]) -> MethodSummary:
     runs = _without_doubles(runs)
     selected = setting.selected.get(method.id)
     have_run = {run.seed for run in runs if setting.target(run.seed)}
@@ -158,10 +174,11 @@ def _summarize(setting: Setting, method: Method, runs: list[Run]) -> MethodSumma
         method=method,
         selected=selected,
         runs=tuple(runs),
+        tuning=tuple(_without_doubles(tuning)),
         expected=tuple((weight, seed) for weight in _weights(setting, method, runs) for seed in setting.seeds),
         points=points,
-        at_tau={tau: {seed: _lowest_along(found, tau) for seed, found in paths.items()} for tau in TAUS},
-        on_line={tau: {seed: _lowest_along(found, tau) for seed, found in lines.items()} for tau in TAUS},
+        lowest={tau: {seed: _lowest_along(found, tau) for seed, found in paths.items()} for tau in TAUS},
+        lowest_on_line={tau: {seed: _lowest_along(found, tau) for seed, found in lines.items()} for tau in TAUS},
         hypervolumes={s: hypervolume((1 - p.probability, p.kept) for p in found) for s, found in points.items()},
     )
 
@@ -187,9 +204,21 @@ def _without_doubles(runs: Iterable[Run]) -> list[Run]:
     return [best[key] for key in sorted(best, key=lambda key: (-key[0], key[1], key[2]))]
 
 
+def _log_probs(lowest: dict[float, dict[int, Point | None]]) -> dict[float, dict[int, float | None]]:
+    return {
+        tau: {seed: None if point is None else point.log_prob for seed, point in found.items()}
+        for tau, found in lowest.items()
+    }
+
+
 def _path(setting: Setting, run: Run) -> list[Point]:
     target = setting.target(run.seed)
     assert target is not None
+    return path_of(run, target)
+
+
+def path_of(run: Run, target: Yardstick) -> list[Point]:
+    """Return the points of a run that began at ``target``, of what was finite."""
     path = [_point(entry.measured, target, start=entry.step == 0) for entry in run.path if entry.measured]
     return [*path, _point(run.final, target, start=False)] if run.final else path
 
@@ -225,8 +254,8 @@ def share_kept(setting: Setting, run: Run) -> float:
     return _point(run.final, target, start=False).kept
 
 
-def _lowest_along(paths: list[list[Point]], tau: float) -> float | None:
-    """Return the lowest log p_forget of any look, or between two looks of a run, that keeps at least tau."""
+def _lowest_along(paths: list[list[Point]], tau: float) -> Point | None:
+    """Return where log p_forget is lowest, at any look or between two looks of a run, of what keeps at least tau."""
     return lowest_at([point for path in paths for point in (*path, *crossings(path, tau))], tau)
 
 

@@ -1,42 +1,19 @@
-"""The report's tables: raw values in cells, so that Markdown and JSON are made of the same."""
+"""The report's tables of runs, their ends and their scores."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from .compare import TAUS, Spread, spread
 from .gradients import alignment
 from .load import KINDS, RELEARNED, Measured, Relearning, Run, Yardstick
 from .names import FORGET_ONLY, WEIGHTED_SUM, is_p_value, score_label
 from .numbers import percent
+from .ratios import ratio_tables
 from .summary import MethodSummary, Summary, share_kept, stop_at_unseen
+from .table import LOG, METHOD, PROBABILITY, Cell, Column, Table
+from .tuning import one_setting_table, tuning_table
 
-Cell = Any  # None, str, int, float, Spread, Paired or (least, largest)
 SCORES_SIDE_BY_SIDE = 7
 TARGET, RETRAINED = "target", "retrained"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading, and how its cells are written: one of ``markdown.FORMATS``."""
-
-    name: str
-    form: str = "text"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells. ``folded``: long, and of interest to few."""
-
-    key: str
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    folded: bool = False
-
-
-METHOD = Column("method")
-LOG, PROBABILITY = "log", "probability"
 MEASURED = (
     Column("log p_forget", LOG),
     Column("p_forget", PROBABILITY),
@@ -313,10 +290,12 @@ def all_tables(summary: Summary) -> dict[str, tuple[Table, ...]]:
     return {
         "equal retain": (*equal_retain_tables(summary), hypervolume_table(summary)),
         "line": line_tables(summary),
+        "ratios": ratio_tables(summary),
         "selected": (main_table(summary),),
         "scores": score_tables(summary),
         "gradients": (alignment_table(summary),),
         "weights": weight_tables(summary),
+        "tuning": tuple(table for table in (tuning_table(summary), one_setting_table(summary)) if table),
         "relearning": tuple(table for table in [relearning_table(summary)] if table),
         "quantized": tuple(table for table in [quantized_table(summary)] if table),
         "stopping": tuple(table for table in [stopping_table(summary)] if table),
