@@ -4,7 +4,7 @@ python benchmarks/kernel_bench.py --device cpu --threads 1 --csv kernels.csv --p
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -27,17 +27,27 @@ def make_problem(size: str, dtype: str, stash: str, device: torch.device) -> Pro
     return Problem(tensors, elements, DTYPES[dtype], device, None if stash in ("reference", dtype) else stash)
 
 
+EVERY_OPERATION = OPERATIONS | METRIC_OPERATIONS
+
+
 def measure(
-    problem: Problem, names: Sequence[str], compiled: bool, clock: Clock, rounds: int, gradients: str, size: str
+    problem: Problem,
+    names: Sequence[str],
+    compiled: bool,
+    clock: Clock,
+    rounds: int,
+    gradients: str,
+    size: str,
+    operations: Collection[str] = EVERY_OPERATION,
 ) -> Iterator[list[Result]]:
-    """Check and time every operation that there is a candidate for; the results of one at a time."""
+    """Check and time each of the operations that there is a candidate for; the results of one at a time."""
     backends = {name: select_backend(name, problem.device) for name in names}
     baseline = Candidate("baseline: AdamW(fused=True)", problem.adamw.step, 28 * problem.numel)
     source, target = torch.randn(2, problem.numel // 2, device=problem.device)
     copy = Candidate("copy", lambda: target.copy_(source), 8 * source.numel())
     read = Candidate("read", source.sum, 4 * source.numel())
-    for operation, candidates_of in (OPERATIONS | METRIC_OPERATIONS).items():
-        if candidates := candidates_of(problem, backends, compiled):
+    for operation in operations:
+        if candidates := EVERY_OPERATION[operation](problem, backends, compiled):
             labels = {"dtype": gradients, "size": size}
             yield compare(operation, candidates, baseline, copy, clock, rounds, read, **labels)
 
@@ -51,7 +61,7 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
     results: list[Result] = []
     for size, dtype, stash in product(arguments.sizes, arguments.dtype, arguments.stash):
         problem, gradients = make_problem(size, dtype, stash, device), gradients_of(dtype, stash)
-        options = arguments.backends, arguments.compile, clock, arguments.rounds, gradients, size
+        options = arguments.backends, arguments.compile, clock, arguments.rounds, gradients, size, arguments.operations
         for found in measure(problem, *options):
             show(f"{found[0].operation}, {gradients}, {size}", found, console)
             results += found
@@ -96,6 +106,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["16x8388608"], metavar="TENSORSxELEMENTS")
     fast = [name for name in BACKENDS if name != "reference"]
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help=f"default: all of {fast} that work here")
+    parser.add_argument(
+        "--operations",
+        nargs="+",
+        choices=EVERY_OPERATION,
+        default=list(EVERY_OPERATION),
+        metavar="OPERATION",
+        help=f"default: all of {list(EVERY_OPERATION)}",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; 1 measures CPU time")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(

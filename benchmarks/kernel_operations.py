@@ -1,6 +1,7 @@
 """The operations that kernel_bench times: a problem, every candidate on it, and how wrong each may be."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -9,7 +10,7 @@ from harness import Candidate
 from torch import Tensor
 
 from blur_optim.kernels import Backend, FusedBackend, reference
-from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize, quantize
+from blur_optim.kernels.blocks import BLOCK_SIZE, dequantize, empty_compressed, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GAMMA = 1.0
@@ -240,6 +241,30 @@ def sgd(problem: Problem, backends: Backends, compiled: bool) -> list[Candidate]
     return found
 
 
+def compress(stash: torch.dtype, problem: Problem, backends: Backends, compiled: bool) -> list[Candidate]:
+    """The retain gradients, compressed as the forget gradients would be. Every backend has the bits of the others."""
+    if stash.itemsize >= problem.dtype.itemsize:
+        return []
+    lists = empty_compressed(problem.retain, stash)
+    nbytes = problem.grad_bytes + sum(t.nbytes for tensors in lists for t in tensors)
+    found = [
+        Candidate(name, lambda k=k: k.multi_tensor_compress_(*lists, problem.retain), nbytes)
+        for name, k in backends.items()
+    ]
+    check(found, lambda c: compress_error(problem, lists, c.run), 0.0)
+    return found
+
+
+def compress_error(problem: Problem, lists: tuple[list[Tensor], list[Tensor]], run: Callable[[], object]) -> float:
+    """Elements of the first tensor that are not PyTorch's."""
+    run()
+    values, scales = lists
+    if not scales:
+        return float((values[0] != problem.retain[0].to(values[0].dtype)).sum())
+    wanted, wanted_scales = quantize(problem.retain[0])
+    return float((values[0] != wanted).sum() + (scales[0] != wanted_scales).sum())
+
+
 def whole_update(problem: Problem, backends: Backends, compiled: bool) -> list[Candidate]:
     nbytes = 2 * problem.pair_bytes + 2 * problem.state_bytes
     found = [Candidate(name, lambda k=k: problem.whole_(k), nbytes) for name, k in backends.items()]
@@ -253,4 +278,6 @@ OPERATIONS: dict[str, Callable[[Problem, Backends, bool], list[Candidate]]] = {
     "AdamW on two gradients": adamw,
     "SGD on two gradients": sgd,
     "whole update": whole_update,
+    "compress to int8": partial(compress, torch.int8),
+    "compress to bfloat16": partial(compress, torch.bfloat16),
 }

@@ -61,6 +61,7 @@ class Model:
 MODELS = {
     "llama-134m": Model(768, 12, 2048, 32000, 12, 12, tied=False, batch=1, length=32),
     "smollm-135m": Model(576, 30, 1536, 49152, 9, 3, tied=True, batch=1, length=32),
+    "llama-1b": Model(2048, 16, 8192, 128256, 32, 8, tied=True, batch=1, length=2048),
     "llama-7b": Model(4096, 32, 11008, 32000, 32, 32, tied=False, batch=1, length=2048),
     "tiny": Model(256, 2, 512, 2048, 4, 2, tied=False, batch=1, length=16),
 }

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from blur_optim.kernels import select_backend
 from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import is_gathered
-from blur_optim.step.base import check_base, make_base
+from blur_optim.step.base import check_base, make_base, named_apart
 from blur_optim.step.dynamo import OutsideGraphs, outside
 from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults, warn_of_weights
 from blur_optim.step.metric_step import MetricStep
@@ -120,7 +120,7 @@ class BLUR(OptimizerWrapper):
         self._stash = stash
         made = make_base(params, base, base_kwargs)
         check_base(made)
-        own = _named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
+        own = named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
         super().__init__(made, {**own, **(metric_defaults(made) if metric == "retain" else {})})
         self._two_phase = self._make_two_phase()
         if metric == "retain":
@@ -211,12 +211,8 @@ class BLUR(OptimizerWrapper):
     @property
     def statistics(self) -> StepStatistics | None:
         """What the last projection saw, as device tensors; None before the first. Reading them is what synchronises."""
-        p = self._two_phase.last
-        if p is None:
-            return None
-        skipped = self._two_phase.skipped.clone()  # Which counts on.
-        in_metric = p.in_metric, p.parameters_in_metric
-        return StepStatistics(p.dots, p.a, p.b, p.update_norm, skipped, p.params, p.parameter_dots, *in_metric)
+        last = self._two_phase.last
+        return None if last is None else StepStatistics.of(last, self._two_phase.skipped)
 
     def configure(self, **options: Any) -> None:
         """Change arguments of the constructor between two steps, all or none. An update not stepped on is dropped.
@@ -310,12 +306,3 @@ class BLUR(OptimizerWrapper):
         # Made anew for each step: the attributes are the user's to change between two.
         own = self.rule, self.normalize, self.scope, self.max_grad_norm, self.backend, self.record_alignment
         return Settings(*own, self.metric, self.damping)
-
-
-def _named_apart(base: Optimizer, own: dict[str, Any]) -> dict[str, Any]:
-    """BLUR's hyperparameters under other names where ``base`` has one of the name.
-
-    A base that has all of them is one that a BLUR wraps already, and is refused.
-    """
-    clash = own.keys() & base.defaults.keys()
-    return own if clash == own.keys() else {f"blur_{n}" if n in clash else n: value for n, value in own.items()}

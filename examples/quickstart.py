@@ -66,13 +66,16 @@ Optimizers = dict[str, torch.optim.Optimizer]
 Models = dict[str, Model]
 
 
-# Each the best of its grid on seeds 1 and 2: 3 learning rates and 2 to 4 weights, by TUNED.
+# Learning rate and weight are those of a small grid (1e-4, 3e-4, 1e-3; weights half a decade apart) that left most of
+# (1 - p of what is forgotten) * (the lesser share of p kept, on retain and untouched rows) after 50 steps, in the mean
+# over the invented authors with seeds 1 and 2 and TOFU's with 1. What is shown has seed 0.
 METHODS: dict[str, dict[str, Any]] = {
-    # forget + 3 * retain. AdamW does not feel a common scale, so only the ratio counts.
-    WEIGHTED_SUM: {"rule": "weighted_sum", "gamma": 1.0, "retain_weight": 3.0, "lr": 3e-4},
-    PROJECTED: {"rule": "blur", "gamma": 0.3, "lr": 3e-4},
-    NORMALIZED: {"rule": "normalized", "gamma": 0.3, "lr": 3e-4},
-    IN_METRIC: {"rule": "blur", "metric": "retain", "gamma": 1.0, "lr": 3e-4},
+    # forget + 10 * retain. AdamW does not feel a common scale, so only the ratio counts.
+    WEIGHTED_SUM: {"rule": "weighted_sum", "gamma": 1.0, "retain_weight": 10.0, "lr": 3e-4},
+    PROJECTED: {"rule": "blur", "gamma": 0.1, "lr": 3e-4},
+    NORMALIZED: {"rule": "normalized", "gamma": 0.5, "lr": 3e-4},
+    # The forget term's step is gamma * lr in the root mean square, whatever the loss and however weak its gradient.
+    IN_METRIC: {"rule": "blur", "metric": "retain", "gamma": 0.5, "lr": 3e-4},
 }
 
 
@@ -80,7 +83,8 @@ def make_optimizers(models: Models, options: argparse.Namespace) -> Optimizers:
     """Return one optimizer a method. BLUR takes the place of AdamW; its rule says how the two gradients meet."""
     optimizers: Optimizers = {ASCENT: torch.optim.AdamW(models[ASCENT].parameters(), lr=options.lr or 3e-4)}
     for name, own in METHODS.items():
-        chosen = {"lr": options.lr, "gamma": options.gamma if own["rule"] != "weighted_sum" else None}
+        weight = "retain_weight" if own["rule"] == "weighted_sum" else "gamma"
+        chosen = {"lr": options.lr, weight: getattr(options, weight)}
         given = {option: value for option, value in chosen.items() if value is not None}
         optimizers[name] = BLUR(models[name].parameters(), torch.optim.AdamW, weight_decay=0.01, **{**own, **given})
     return optimizers

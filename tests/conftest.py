@@ -1,9 +1,14 @@
 """One thread per test process: two processes on two cores are faster than two threads each."""
 
 import gc
+import os
 
+import forking
 import pytest
 import torch
+
+# Nothing is fetched from a hub. Before the first import of its library, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 _modules_seen: set[str] = set()
 
@@ -18,6 +23,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _modules_seen.add(module)
         gc.collect()
         gc.freeze()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(item.path.parent.name in ("examples", "integrations") for item in session.items):
+        forking.expect_scripts()
 
 
 def pytest_unconfigure() -> None:

@@ -3,6 +3,7 @@
 Nothing is installed: later stages find the extension by an environment variable, and the variants by their paths.
 """
 
+import functools
 import os
 import re
 import runpy
@@ -35,6 +36,7 @@ def run(context: Context, sheet: Sheet) -> None:
         capability = torch.cuda.get_device_capability()
         os.environ["BLUR_OPTIM_CUDA_ARCHITECTURES"] = f"{capability[0]}{capability[1]}"
         sheet.note(f"The extension is compiled for compute capability {capability[0]}.{capability[1]} alone.")
+        setup()  # Before there are threads, which would patch setuptools in each other's way.
     # The extension first, since everything rests on it; the rest beside it where there are cores.
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         jobs: dict[Future[Any], str] = {pool.submit(build_extension, context): "extension"}
@@ -85,6 +87,7 @@ def build_driver(context: Context) -> None:
     _run(["g++", folder / "driver.o", *objects, f"-L{runtime}", *RUNTIME, "-o", context.driver])
 
 
+@functools.cache
 def setup() -> dict[str, Any]:
     """The names in setup.py, so that the flags of the kernels stand in one place."""
     with patch("setuptools.setup"):

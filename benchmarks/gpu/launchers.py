@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_metric_operations import metric
 from kernel_operations import HYPERPARAMETERS, SGD, Problem
 from torch import Tensor
+
+from blur_optim.kernels.blocks import empty_compressed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4}
 
@@ -50,6 +53,10 @@ class SgdTensors(ctypes.Structure):
     )
 
 
+class MetricTensors(ctypes.Structure):
+    _fields_ = (("grads", Pair), ("dtype", c_int32), ("exp_avg_sq", c_void_p), ("max_exp_avg_sq", c_void_p))
+
+
 class AdamOptions(ctypes.Structure):
     _fields_ = (
         *((name, c_double) for name in ("lr", "beta1", "beta2", "weight_decay", "eps")),
@@ -69,7 +76,7 @@ class DeviceScalars(ctypes.Structure):
 
 
 class Launchers:
-    """The four operations of one library on one problem.
+    """The operations of one library on one problem.
 
     The tables of tensors are made once, so that what is timed is the launchers and their kernels; the problem's tensors
     must stay where they are.
@@ -77,17 +84,27 @@ class Launchers:
 
     def __init__(self, path: Path, problem: Problem) -> None:
         self.library, self.problem = ctypes.CDLL(str(path)), problem
-        self.library.blur_optim_cuda_dots_workspace.restype = c_int64
+        for name in ("dots", "metric_dots"):
+            getattr(self.library, f"blur_optim_cuda_{name}_workspace").restype = c_int64
         self.library.blur_optim_cuda_error.restype = ctypes.c_char_p
         params = [p.detach() for p in problem.params]
         self.first, self.second = problem.state("exp_avg"), problem.state("exp_avg_sq")
         self.pairs = pairs(problem.forget, problem.retain)
         self.adam_tensors = adam_tensors(self.pairs, params, self.first, self.second)
         self.sgd_tensors = (SgdTensors * len(params))(
-            *(SgdTensors(pair, DTYPES[p.dtype], p.data_ptr(), m.data_ptr())
-              for pair, p, m in zip(self.pairs, params, self.first, strict=True))
+            *(SgdTensors(pair, DTYPES[p.dtype], p.data_ptr(), m.data_ptr(), v.data_ptr())
+              for pair, p, m, v in zip(self.pairs, params, self.first, self.second, strict=True))
         )  # fmt: skip
-        self.workspace = self._workspace(self.pairs)
+        self.metric_tensors = (MetricTensors * len(params))(
+            *(MetricTensors(pair, DTYPES[p.dtype], v.data_ptr(), None)
+              for pair, p, v in zip(self.pairs, params, self.second, strict=True))
+        )  # fmt: skip
+        self.compressed = empty_compressed(problem.retain, torch.int8)
+        self.compressing = pairs(self.compressed[0], problem.retain, self.compressed[1])
+        self.workspace = self._workspace("dots", self.pairs)
+        self.metric_workspace = self._workspace("metric_dots", self.metric_tensors)
+        self.metric, self.order = metric(problem), (c_int64 * len(params))(*range(len(params)))
+        self.metric_out = torch.empty(1, 9, dtype=torch.float64, device=problem.device)
         self.sizes = torch.empty(2 * len(params), dtype=torch.float64, device=problem.device)
         self.out = torch.empty(1, 3, dtype=torch.float64, device=problem.device)
         self.sgd_options = SgdOptions(0.0, SGD["momentum"], SGD["dampening"], SGD["weight_decay"], False, False, False)
@@ -108,9 +125,30 @@ class Launchers:
     def adamw(self) -> None:
         self._adamw(self.adam_tensors, self.problem.steps, self.problem.lr)
 
-    def sgd(self) -> None:
+    def metric_adamw(self) -> None:
+        self._adamw(self.adam_tensors, self.problem.steps, self.problem.lr, self.metric)
+
+    def sgd(self, metric: Tensor | None = None) -> None:
         count, options = c_int64(len(self.sgd_tensors)), ctypes.byref(self.sgd_options)
-        self._call("blur_optim_cuda_sgd", self.sgd_tensors, count, options, self._scalars(self.problem.lr), _stream())
+        scalars = self._scalars(self.problem.lr, metric)
+        self._call("blur_optim_cuda_sgd", self.sgd_tensors, count, options, scalars, _stream())
+
+    def metric_sgd(self) -> None:
+        self.sgd(self.metric)
+
+    def metric_dots(self) -> Tensor:
+        counts = c_int64(len(self.metric_tensors)), c_int64(1)
+        places = [c_void_p(t.data_ptr()) for t in (self.metric, self.metric_workspace, self.metric_out)]
+        self._call("blur_optim_cuda_metric_dots", self.metric_tensors, self.order, *counts, *places, _stream())
+        return self.metric_out
+
+    def metric_blend(self) -> None:
+        count, scalars = c_int64(len(self.metric_tensors)), self._scalars(self.problem.lr, self.metric)
+        self._call("blur_optim_cuda_metric_blend", self.metric_tensors, count, scalars, _stream())
+
+    def compress(self) -> None:
+        """The retain gradients to int8."""
+        self._call("blur_optim_cuda_compress", self.compressing, c_int64(len(self.compressing)), _stream())
 
     def fused_adamw_(
         self,
@@ -129,16 +167,17 @@ class Launchers:
         """As a backend's, for the check of a problem's first tensor: its hyperparameters and its coefficients."""
         self._adamw(adam_tensors(pairs(forget, retain), params, exp_avgs, exp_avg_sqs), steps, lr)
 
-    def _adamw(self, tensors: Any, steps: Tensor, lr: Tensor) -> None:
-        arguments = c_int64(len(tensors)), ctypes.byref(self.options), self._scalars(lr)
+    def _adamw(self, tensors: Any, steps: Tensor, lr: Tensor, metric: Tensor | None = None) -> None:
+        arguments = c_int64(len(tensors)), ctypes.byref(self.options), self._scalars(lr, metric)
         places = [c_void_p(t.data_ptr()) for t in (steps, self.sizes)]
         self._call("blur_optim_cuda_adam", tensors, *arguments, *places, _stream())
 
-    def _scalars(self, lr: Tensor) -> DeviceScalars:
-        return DeviceScalars(self.problem.coefficients.data_ptr(), lr.data_ptr(), None, None)
+    def _scalars(self, lr: Tensor, metric: Tensor | None = None) -> DeviceScalars:
+        place = None if metric is None else metric.data_ptr()
+        return DeviceScalars(self.problem.coefficients.data_ptr(), lr.data_ptr(), None, place)
 
-    def _workspace(self, table: Any) -> Tensor:
-        count = self.library.blur_optim_cuda_dots_workspace(table, c_int64(len(table)))
+    def _workspace(self, operation: str, table: Any) -> Tensor:
+        count = getattr(self.library, f"blur_optim_cuda_{operation}_workspace")(table, c_int64(len(table)))
         return torch.empty(count, dtype=torch.float64, device=self.problem.device)
 
     def _call(self, name: str, *arguments: Any) -> None:
@@ -146,10 +185,11 @@ class Launchers:
             raise RuntimeError(f"{name} cannot be launched: {self.library.blur_optim_cuda_error(code).decode()}")
 
 
-def pairs(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> Any:
+def pairs(forget: Sequence[Tensor], retain: Sequence[Tensor], scales: Sequence[Tensor] = ()) -> Any:
+    places = [s.data_ptr() for s in scales] or [None] * len(forget)
     return (Pair * len(forget))(
-        *(Pair(f.data_ptr(), r.data_ptr(), r.numel(), DTYPES[r.dtype], 0, DTYPES[f.dtype], None)
-          for f, r in zip(forget, retain, strict=True))
+        *(Pair(f.data_ptr(), r.data_ptr(), r.numel(), DTYPES[r.dtype], 0, DTYPES[f.dtype], place)
+          for f, r, place in zip(forget, retain, places, strict=True))
     )  # fmt: skip
 
 

@@ -35,9 +35,11 @@ def run_stages(stages: Sequence[Stage], context: Context, out: Path, minutes: fl
     """
     end = time.time() + 60 * minutes
     results: dict[str, Any] = {}
-    for stage in stages:
+    fits = sum(stage.least for stage in stages) <= minutes + 1e-9
+    for i, stage in enumerate(stages):
         patience = CPU_PATIENCE if context.device == "cpu" else 1.0
-        seconds = min(60 * stage.minutes * patience, end - time.time())
+        kept = 60 * sum(later.least for later in stages[i + 1 :]) if fits else 0.0
+        seconds = min(60 * stage.minutes * patience, end - time.time() - kept)
         if seconds < WORTHWHILE:
             results[stage.name] = {"status": "not started: no time left", "seconds": 0.0, "what": stage.what}
         else:

@@ -33,12 +33,23 @@ def run(context: Context, sheet: Sheet) -> None:
             rows.append({"tool": tool, "came to": "took too long"})
         else:
             print(done.stdout + done.stderr)
-            summary = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", done.stdout)
-            fine = done.returncode == 0 and DONE[True] in done.stdout
-            rows.append({"tool": tool, "came to": "clean" if fine else "FOUND", "summary": "; ".join(summary)})
+            rows.append({"tool": tool} | verdict(done))
         sheet.table("compute-sanitizer", rows)
     if not all(row["came to"] == "clean" for row in rows):
-        raise SystemExit("error: compute-sanitizer has something to say, see the log")
+        raise SystemExit("error: not every tool of compute-sanitizer came to a clean end, see the table and the log")
+
+
+def verdict(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """What a tool found; one that cannot work on this machine has found nothing, and says so at best."""
+    summary = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", done.stdout)
+    if done.returncode == 0 and DONE[True] in done.stdout:
+        came_to = "clean"
+    elif DONE[True] in done.stdout or done.returncode == 9:
+        came_to = "FOUND"
+    else:
+        came_to = f"the driver did not end: exit code {done.returncode}"
+        summary = summary or [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][:1]
+    return {"came to": came_to, "summary": "; ".join(summary)}
 
 
 def emulated(context: Context, sheet: Sheet) -> None:

@@ -13,6 +13,7 @@ import torch
 from memory_methods import BASELINE, METHODS, Problem, settings_of
 from memory_tracker import process_peak
 
+from . import zero3
 from .context import Context, Sheet
 
 ROUNDS = 4
@@ -23,6 +24,14 @@ GIB = 2**30
 
 
 def run(context: Context, sheet: Sheet) -> None:
+    train(context, sheet)
+    gc.collect()  # Nothing of it is left: the card is free for the next.
+    if context.device == "cuda":
+        torch.cuda.empty_cache()
+    zero3.run(context, sheet)
+
+
+def train(context: Context, sheet: Sheet) -> None:
     model = "tiny" if context.quick else "llama-7b"
     settings = settings_of(model, dtype="bfloat16", device=context.device, checkpointing=True)
     start = time.perf_counter()

@@ -10,8 +10,9 @@ from unittest.mock import patch
 
 import torch
 from harness import Candidate, Clock, Result, compare
-from kernel_bench import gradients_of, make_problem
-from kernel_operations import OPERATIONS, Problem, adamw_error, check, dot_error
+from kernel_bench import EVERY_OPERATION, gradients_of, make_problem
+from kernel_metric_operations import dots_error
+from kernel_operations import Problem, adamw_error, check, dot_error
 
 from blur_optim.kernels import select_backend
 from blur_optim.kernels.select import why_not
@@ -54,7 +55,18 @@ class Shape(NamedTuple):
 
 
 SHAPES = (Shape(2048, 32768, 8), Shape(1024, 16384, 4), Shape(2048, 16384, 8), Shape(4096, 65536, 8))
-SWEPT = ("dots", "blend", "AdamW on two gradients", "SGD on two gradients")
+#: What is worth most first: the time may end.
+SWEPT = (
+    "dots",
+    "AdamW on two gradients",
+    "blend",
+    "dots in the metric",
+    "AdamW in the metric",
+    "SGD on two gradients",
+    "compress to int8",
+    "blend in the metric",
+    "SGD in the metric",
+)
 CASES = (("16x8388608", "float32"), ("16x8388608", "bfloat16"), ("3000x1000", "float32"))
 #: Without so much time left, a problem is not begun: for Triton mostly compilation.
 SECONDS = 5.0
@@ -109,11 +121,19 @@ def native(problem: Problem, context: Context, clock: Clock, labels: tuple[str, 
         "blend": Launchers.blend,
         "AdamW on two gradients": Launchers.adamw,
         "SGD on two gradients": Launchers.sgd,
+        "dots in the metric": Launchers.metric_dots,
+        "blend in the metric": Launchers.metric_blend,
+        "AdamW in the metric": Launchers.metric_adamw,
+        "SGD in the metric": Launchers.metric_sgd,
+        "compress to int8": Launchers.compress,
     }
-    for operation, call in calls.items():
+    for operation in SWEPT:
+        call = calls[operation]
         candidates = [Candidate(name, lambda call=call, each=each: call(each)) for name, each in libraries.items()]
         if operation == "dots":
             check(candidates, lambda c: dot_error(problem, c.run), 1e-6)
+        elif operation == "dots in the metric":
+            check(candidates, lambda c: dots_error(problem, c.run), 1e-6)
         elif operation == "AdamW on two gradients":
             check(candidates, lambda c: adamw_error(problem, libraries[c.name]), 5e-2)
         yield timed(operation, candidates, first.problem, clock, labels)
@@ -122,20 +142,21 @@ def native(problem: Problem, context: Context, clock: Clock, labels: tuple[str, 
 def triton(problem: Problem, context: Context, clock: Clock, labels: tuple[str, str]) -> Iterator[list[Result]]:
     if why_not("triton", problem.device):
         return
-    from blur_optim.kernels import triton_kernels
+    from blur_optim.kernels.triton import kernels
 
     backend = select_backend("triton", problem.device)
 
     def with_shape(shape: Shape, run: Callable[[], object]) -> Callable[[], object]:
         def call() -> object:
-            options = triton_kernels.OPTIONS | {"num_warps": shape.warps}
-            with patch.multiple(triton_kernels, BLOCK_SIZE=shape.block, CHUNK_SIZE=shape.chunk, OPTIONS=options):
+            options = kernels.OPTIONS | {"num_warps": shape.warps}
+            with patch.multiple(kernels, BLOCK_SIZE=shape.block, CHUNK_SIZE=shape.chunk, OPTIONS=options):
                 return run()
 
         return call
 
     for operation in SWEPT:
-        (plain,) = (c for c in OPERATIONS[operation](problem, {"triton": backend}, False) if c.name == "triton")
+        made = EVERY_OPERATION[operation](problem, {"triton": backend}, False)
+        (plain,) = (c for c in made if c.name == "triton")
         candidates = [Candidate(str(shape), with_shape(shape, plain.run)) for shape in SHAPES]
         if operation == "dots":
             check(candidates, lambda c: dot_error(problem, c.run), 1e-6)

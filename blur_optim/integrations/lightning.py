@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blur_optim.integrations.trainer_step import checked_loss
+from blur_optim.integrations.trainer_checks import checked_loss
 from blur_optim.optimizer import BLUR
 from blur_optim.record.recorder import Recorder
 

@@ -43,64 +43,71 @@ def make_trainer(method: Any, grad_diff: Any) -> type:
             f"{method.__name__}, whose is {owner.__module__}.{owner.__name__}'s."
         )
     only_forgets = not issubclass(method, grad_diff)
-    bases = (method, grad_diff) if only_forgets else (method,)
+    # The mixin's compute_retain_loss would hide the project's.
+    retain_loss = grad_diff.compute_retain_loss if only_forgets else method.compute_retain_loss
+    name = f"BLUR_{method.__name__}"
+    own = {"method": method, "only_forgets": only_forgets, "compute_retain_loss": retain_loss}
+    own |= {"__doc__": _ProjectStep.__doc__, "__module__": __name__}
+    return type(name, (_ProjectStep, method, *((grad_diff,) if only_forgets else ())), own)
 
-    class BLUR(BLURStepMixin, *bases):  # type: ignore[misc]
-        """A method of the project with BLUR's step (arXiv:2506.08164) in the place of the weighted sum.
 
-        Its ``method_args`` are those of the method, by the project's names and with the project's defaults: ``gamma``
-        and ``alpha`` weigh the two gradients. Beside them ``rule``, ``normalize``, ``scope``, ``stash``, ``backend``,
-        ``metric``, ``damping``: see :class:`blur_optim.BLUR`.
+class _ProjectStep(BLURStepMixin):
+    """A method of the project with BLUR's step (arXiv:2506.08164) in the place of the weighted sum.
 
-        Raises:
-            ValueError: an option is none that BLUR takes, or the Trainer is set up in a way that BLUR refuses.
-        """
+    Its ``method_args`` are those of the method, by the project's names and with the project's defaults: ``gamma`` and
+    ``alpha`` weigh the two gradients. Beside them ``rule``, ``normalize``, ``scope``, ``stash``, ``backend``,
+    ``metric``, ``damping``: see :class:`blur_optim.BLUR`.
 
-        oldest_transformers = "4.51.3"
-        # The mixin's of these names would hide the project's.
-        compute_retain_loss = grad_diff.compute_retain_loss if only_forgets else method.compute_retain_loss
+    Raises:
+        ValueError: an option is none that BLUR takes, or the Trainer is set up in a way that BLUR refuses.
+    """
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            options = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
-            options |= {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-            # Before 2026 the project gave its Trainer no data set for the evaluations that its evaluators do.
-            if kwargs.get("evaluators") and kwargs.get("eval_dataset") is None:
-                kwargs["eval_dataset"] = []
-            super().__init__(*args, **kwargs)
-            options = blur_options(gamma=float(self.gamma), retain_weight=float(self.alpha), **options)
-            self.start_blur(_unused, _unused, **options)
-            self._split = SplitLoss(self, method, only_forgets)
-            _checkpoint_without_reentry(self.args)
+    oldest_transformers = "4.51.3"
+    #: The project's class, and whether it has no retain loss of its own.
+    method: Any
+    only_forgets: bool
+    #: The project's weights of the two losses.
+    gamma: float
+    alpha: float
 
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            """Wrap the optimizer; what it does not train (RMU's other layers) needs no gradient."""
-            optimizer = super().create_optimizer(*args, **kwargs)
-            # What accelerate puts in the place of an optimizer that DeepSpeed makes itself has no groups.
-            groups = getattr(self.optimizer, "param_groups", None)
-            trained = {id(p) for group in groups or () for p in group["params"]}
-            for parameter in self.model.parameters() if groups else ():
-                parameter.requires_grad_(id(parameter) in trained)
-            return optimizer
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name, default) for name, default in _DEFAULTS.items()}
+        options |= {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        # Before 2026 the project gave its Trainer no data set for the evaluations that its evaluators do.
+        if kwargs.get("evaluators") and kwargs.get("eval_dataset") is None:
+            kwargs["eval_dataset"] = []
+        super().__init__(*args, **kwargs)
+        options = blur_options(gamma=float(self.gamma), retain_weight=float(self.alpha), **options)
+        self.start_blur(_unused, _unused, **options)
+        self._split = SplitLoss(self, self.method, self.only_forgets)
+        _checkpoint_without_reentry(self.args)
 
-        def _phase_loss(self, model: nn.Module, side: str, batch: Any) -> Tensor:
-            inputs = self._prepare_inputs(batch)
-            if side == "forget":
-                return self._split.forget(model, inputs)
-            group = self.blur.param_groups[0]
-            return self._split.retain(model, inputs, group[own_name("retain_weight", group)])
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Wrap the optimizer; what it does not train (RMU's other layers) needs no gradient."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # What accelerate puts in the place of an optimizer that DeepSpeed makes itself has no groups.
+        groups = getattr(self.optimizer, "param_groups", None)
+        trained = {id(p) for group in groups or () for p in group["params"]}
+        for parameter in self.model.parameters() if groups else ():
+            parameter.requires_grad_(id(parameter) in trained)
+        return optimizer
 
-        def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
-            if side == "forget":
-                self._split.begin()
-            elif self._split.has_own_weights:
-                # The same on all processes, as every coefficient has to be.
-                weight = self.accelerator.reduce(self._split.retain_weight(), "mean").item()
-                for group in self.blur.param_groups:
-                    group.update({own_name("gamma", group): 1.0, own_name("retain_weight", group): weight})
-            return super()._run_phase(model, side, batches)
+    def _phase_loss(self, model: nn.Module, side: str, batch: Any) -> Tensor:
+        inputs = self._prepare_inputs(batch)  # type: ignore[attr-defined]
+        if side == "forget":
+            return self._split.forget(model, inputs)
+        group = self.blur.param_groups[0]
+        return self._split.retain(model, inputs, group[own_name("retain_weight", group)])
 
-    BLUR.__qualname__ = BLUR.__name__ = f"BLUR_{method.__name__}"
-    return BLUR
+    def _run_phase(self, model: nn.Module, side: str, batches: list[dict[str, Any]]) -> Tensor:
+        if side == "forget":
+            self._split.begin()
+        elif self._split.has_own_weights:
+            # The same on all processes, as every coefficient has to be.
+            weight = self.accelerator.reduce(self._split.retain_weight(), "mean").item()
+            for group in self.blur.param_groups:
+                group.update({own_name("gamma", group): 1.0, own_name("retain_weight", group): weight})
+        return super()._run_phase(model, side, batches)
 
 
 def register() -> Any:

@@ -8,7 +8,6 @@ engine has the gradients, and steps; what the Trainer does of it then does nothi
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -16,17 +15,16 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from packaging import version
 from torch import Tensor, nn
 
 from blur_optim.integrations.deepspeed.optimizer import DeepSpeedBLUR, check_metric
 from blur_optim.integrations.objectives import Loss
 from blur_optim.integrations.pairs import single_batches
+from blur_optim.integrations.trainer_checks import check_trainer, checked_loss
 from blur_optim.optimizer import BLUR
 from blur_optim.step.plan import own_name
 from blur_optim.step.rules import UserRule
 
-_STEP_INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
 #: Logged updates that were all clipped before it is said what that means in the retain metric.
 _CLIPPED_BEFORE_SAID = 5
 
@@ -58,7 +56,7 @@ class BLURStepMixin:
         Raises:
             ValueError: the Trainer is set up in a way that leaves no place for two gradients.
         """
-        _check_trainer(self)
+        check_trainer(self)
         if getattr(self, "is_deepspeed_enabled", False):
             check_metric(options.get("metric", "euclidean"))
         self.forget_loss, self.retain_loss, self.blur_options = forget_loss, retain_loss, options
@@ -265,61 +263,3 @@ def blur_options(
         warnings.simplefilter("ignore")  # The optimizer itself will say it.
         BLUR([torch.zeros(1)], torch.optim.SGD, **options)  # To have them checked now; a backend depends on the device.
     return {**options, "backend": backend}
-
-
-def checked_loss(name: str, loss: Any) -> Tensor:
-    """Return what a loss function returned, if it is a loss: 0-d, or [GPUs] under DataParallel.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if not isinstance(loss, Tensor) or loss.dim() > 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"`{name}` must return the loss as a 0-d tensor, got {got}.")
-    return loss
-
-
-def check_transformers(oldest: str) -> None:
-    """See that transformers is no older than ``oldest``.
-
-    Raises:
-        ImportError: it is.
-    """
-    found: str = importlib.import_module("transformers").__version__
-    if version.parse(found) < version.parse(oldest):
-        raise ImportError(
-            f"`transformers` must be at least {oldest} for BLUR in a Trainer, got {found}: with 4.45 each gradient is "
-            "divided by gradient_accumulation_steps twice, and nothing says so. `pip install "
-            f"'transformers>={oldest}'`."
-        )
-
-
-def _check_trainer(trainer: Any) -> None:
-    args = trainer.args
-    check_transformers(trainer.oldest_transformers)
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        raise ValueError(
-            "`compute_loss_func` must not be given: it knows one loss, and would never be called in training. Pass "
-            "forget_loss= and retain_loss=, functions (model, batch) -> loss."
-        )
-    if not any(p.requires_grad for p in trainer.model.parameters()):
-        raise ValueError(
-            "`model` must have parameters to train, got none with requires_grad. Load an adapter for training: "
-            "PeftModel.from_pretrained(..., is_trainable=True)."
-        )
-    name = str(getattr(args.optim, "value", args.optim))
-    if name in _STEP_INSIDE_BACKWARD or name.endswith("layerwise"):
-        raise ValueError(f"`optim` must step after backward, got {name!r}, which steps inside it. Use 'adamw_torch'.")
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor!r}: it would not reach the two "
-            "losses. Pass a loss of your own."
-        )
-    if getattr(trainer.model, "is_loaded_in_4bit", False) and args.device.type == "cpu":
-        raise ValueError(
-            "`model` must not have bitsandbytes' 4-bit layers on a CPU: once run in eval mode, as the reference and "
-            "every evaluation are, they pass on no gradient there. Use a GPU, or load without quantization."
-        )
-    parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallel is not None and (getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)):
-        raise ValueError("BLUR has no context or sequence parallelism in a Trainer. Use data parallelism or FSDP2.")

@@ -1,7 +1,29 @@
 """How elements lie in memory: what decides whether one loop can visit several tensors."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Contiguous(list[Tensor]):
+    """A list of tensors each of which has been found to be contiguous, so that no kernel asks again.
+
+    A slice or a copy of it is a plain list. What puts a tensor into it answers for its layout.
+    """
+
+
+def are_contiguous(*lists: Sequence[Tensor]) -> bool:
+    """Whether every tensor of every list is contiguous."""
+    return all(isinstance(tensors, Contiguous) or all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
+
+
+def as_list(values: Sequence[T]) -> list[T]:
+    """What an operator takes as a list, without a copy where it is one."""
+    return values if isinstance(values, list) else list(values)
 
 
 def is_dense(t: Tensor) -> bool:

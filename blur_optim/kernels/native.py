@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from blur_optim.kernels import foreach
-from blur_optim.kernels.layout import dense_alike, in_order_of, is_dense
+from blur_optim.kernels.layout import as_list
+from blur_optim.kernels.unlike_layouts import (
+    blend_the_unusual_,
+    in_one_order,
+    in_order_of_gradients,
+    metric_blend_the_unusual_,
+)
 
 #: Environment variable that names another build of the extension than the installed one.
 LIBRARY_VARIABLE = "BLUR_OPTIM_LIBRARY"
@@ -68,7 +74,7 @@ def multi_tensor_dots(
     if not forget:
         return torch.zeros(num_rows, 3, dtype=torch.float64)
     forget, retain = in_one_order(forget, retain)
-    return cast(Tensor, _op("multi_tensor_dots")(forget, retain, list(rows), num_rows, list(scales)))
+    return cast(Tensor, _op("multi_tensor_dots")(forget, retain, as_list(rows), num_rows, as_list(scales)))
 
 
 def multi_tensor_blend_(
@@ -101,7 +107,7 @@ def multi_tensor_metric_dots(
     forget, retain = in_one_order(forget, retain)
     moments = [in_order_of_gradients(v, forget, retain) for v in (exp_avg_sqs, max_exp_avg_sqs)]
     dots = _op("multi_tensor_metric_dots")
-    return cast(Tensor, dots(forget, retain, *moments, list(rows), num_rows, metric.contiguous(), list(scales)))
+    return cast(Tensor, dots(forget, retain, *moments, as_list(rows), num_rows, metric.contiguous(), as_list(scales)))
 
 
 def multi_tensor_metric_blend_(
@@ -125,67 +131,9 @@ def multi_tensor_metric_blend_(
     increment_version([*v, *(x if x.numel() else y for x, y in zip(r, f, strict=True))])
 
 
-def in_order_of_gradients(state: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[Tensor]:
-    """``state`` with the elements of each tensor in the order of its gradients': as they are, or copies."""
-    grads = (f if f.numel() else r for f, r in zip(forget, retain, strict=True))
-    return [in_order_of(t, grad) for t, grad in zip(state, grads, strict=True)] if state else []
-
-
-def metric_blend_the_unusual_(
-    retain: Sequence[Tensor],
-    forget: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    coefficients: Tensor,
-    rows: Sequence[int],
-    metric: Tensor,
-    found_inf: Tensor | None,
-    scales: Sequence[Tensor],
-) -> list[int]:
-    """As :func:`blend_the_unusual_`, with the second moments."""
-    dense: list[int] = []
-    for i, (r, f, v) in enumerate(zip(retain, forget, exp_avg_sqs, strict=True)):
-        present = [t for t in (r, f) if t.numel()]
-        if is_dense(v) and all(dense_alike(t, v) for t in present):
-            dense.append(i)
-        else:
-            arguments = [r], [f], [v], coefficients, [rows[i]], metric[i : i + 1], found_inf, scales[i : i + 1]
-            foreach.multi_tensor_metric_blend_(*arguments)
-    return dense
-
-
-def in_one_order(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients with the elements of each pair in one order: as they are, or copies where layouts are unusual."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
-        return list(forget), list(retain)
-    forget = [f if is_dense(f) else f.contiguous() for f in forget]
-    retain = [
-        in_order_of(r, f) if f.numel() == r.numel() else r.contiguous() for f, r in zip(forget, retain, strict=True)
-    ]
-    return forget, retain
-
-
-def blend_the_unusual_(
-    retain: Sequence[Tensor],
-    forget: Sequence[Tensor],
-    coefficients: Tensor,
-    rows: Sequence[int],
-    scales: Sequence[Tensor],
-) -> list[int]:
-    """Blend the pairs of unusual layout, whose results a copy would miss, by the other backend. The indices left."""
-    if all(map(Tensor.is_contiguous, forget)) and all(map(Tensor.is_contiguous, retain)):
-        return list(range(len(retain)))
-    dense: list[int] = []
-    for i, (r, f) in enumerate(zip(retain, forget, strict=True)):
-        if dense_alike(r, f) if r.numel() and f.numel() else (r if r.numel() else f).is_contiguous():
-            dense.append(i)
-        else:
-            foreach.multi_tensor_blend_([r], [f], coefficients, [rows[i]], scales[i : i + 1])
-    return dense
-
-
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     if grads:
-        _op("multi_tensor_compress_")(list(values), list(scales), list(grads))
+        _op("multi_tensor_compress_")(list(values), as_list(scales), list(grads))
         increment_version([*values, *scales])
 
 
@@ -205,15 +153,15 @@ def fused_adamw_(
     **options: Any,
 ) -> None:
     _op("fused_adamw_")(
-        *(list(tensors) for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(as_list, (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         steps,
         lr,
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
+    increment_version(chain(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
 
 
 def fused_sgd_(
@@ -229,14 +177,14 @@ def fused_sgd_(
     **options: Any,
 ) -> None:
     _op("fused_sgd_")(
-        *(list(tensors) for tensors in (params, momentum_buffers, forget, retain)),
-        list(rows),
+        *map(as_list, (params, momentum_buffers, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         lr,
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *momentum_buffers])
+    increment_version(chain(params, momentum_buffers))
 
 
 def metric_adamw_(
@@ -256,16 +204,16 @@ def metric_adamw_(
     **options: Any,
 ) -> None:
     _op("metric_adamw_")(
-        *(list(tensors) for tensors in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(as_list, (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         steps,
         lr,
         metric.contiguous(),
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs])
+    increment_version(chain(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
 
 
 def metric_sgd_(
@@ -283,15 +231,15 @@ def metric_sgd_(
     **options: Any,
 ) -> None:
     _op("metric_sgd_")(
-        *(list(tensors) for tensors in (params, momentum_buffers, exp_avg_sqs, forget, retain)),
-        list(rows),
+        *map(as_list, (params, momentum_buffers, exp_avg_sqs, forget, retain)),
+        as_list(rows),
         coefficients.contiguous(),
         lr,
         metric.contiguous(),
         **options,
-        scales=list(scales),
+        scales=as_list(scales),
     )
-    increment_version([*params, *momentum_buffers, *exp_avg_sqs])
+    increment_version(chain(params, momentum_buffers, exp_avg_sqs))
 
 
 def _op(name: str) -> Callable[..., Any]:

@@ -1,21 +1,27 @@
 """DistributedDataParallel: whether it has reduced what a phase computed."""
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from blur_optim.parallel.instances import instances
 
+# Wrappers made since somebody has begun to count.
+_made = 0
+
 
 class DataParallel:
-    """The DistributedDataParallel wrappers around these parameters, found at the first phase."""
+    """The DistributedDataParallel wrappers around these parameters, found at the first phase and when one is made."""
 
     def __init__(self) -> None:
         self._wrappers: list[weakref.ref[Any]] | None = None
+        self._seen = 0
         self._before: list[tuple[Any, list[int]]] = []
 
     def begin(self, params: Iterable[Tensor]) -> None:
@@ -37,11 +43,25 @@ class DataParallel:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return []
         alive = None if self._wrappers is None else [ref() for ref in self._wrappers]
-        if alive is None or None in alive:
+        if alive is None or None in alive or self._seen != _made:
+            _begin_to_count()
+            self._seen = _made
             ids = {id(p) for p in params}
             alive = [ddp for ddp in instances(DistributedDataParallel) if _reduces(ddp, ids)]
             self._wrappers = [weakref.ref(ddp) for ddp in alive]
         return alive
+
+
+def _count(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    """Count a wrapper where it takes the module that it wraps. It is not made yet, so that all is looked at later."""
+    global _made
+    if isinstance(module, DistributedDataParallel):
+        _made += 1
+
+
+@functools.cache
+def _begin_to_count() -> None:
+    register_module_module_registration_hook(_count)
 
 
 def _reduces(ddp: Any, ids: set[int]) -> bool:

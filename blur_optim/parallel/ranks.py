@@ -49,8 +49,8 @@ def to_local(t: Tensor) -> Tensor:
 
 
 def to_locals(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """:func:`to_local` of each; next to nothing where none is distributed."""
-    tensors = list(tensors)
+    """:func:`to_local` of each; next to nothing where none is distributed: a list is then returned as it is."""
+    tensors = tensors if isinstance(tensors, list) else list(tensors)
     if set(map(type, tensors)) <= PLAIN:
         return tensors
     return [to_local(t) for t in tensors]

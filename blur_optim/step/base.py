@@ -147,6 +147,15 @@ def _refers_to(function: Any, base: Optimizer) -> bool:
     return any(thing is base for thing in held) or (inner is not None and _refers_to(inner, base))
 
 
+def named_apart(base: Optimizer, own: dict[str, Any]) -> dict[str, Any]:
+    """BLUR's hyperparameters under other names where ``base`` has one of the name.
+
+    A base that has all of them is one that a BLUR wraps already, and is refused.
+    """
+    clash = own.keys() & base.defaults.keys()
+    return own if clash == own.keys() else {f"blur_{n}" if n in clash else n: value for n, value in own.items()}
+
+
 def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor | None]) -> None:
     """Step ``base`` unless ``found_inf`` is 1; None means that nothing was checked.
 

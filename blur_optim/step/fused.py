@@ -4,27 +4,22 @@ The base keeps its own state, made by its own initialisation: checkpoints move b
 in both directions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from blur_optim.kernels import FusedBackend, select_backend
-from blur_optim.kernels.layout import dense_alike, is_dense
 from blur_optim.optimizer_wrapper import supports_amp_scaling
-from blur_optim.parallel.ranks import PLAIN, to_local, to_locals
+from blur_optim.parallel.ranks import to_locals
 from blur_optim.step.base_state import BaseState
-from blur_optim.step.gradients import Pair, PairedGradients, Pairs, by_group
+from blur_optim.step.fitting import which_fit
+from blur_optim.step.pairs import PairedGradients, Pairs
 from blur_optim.step.plan import any_missing
 from blur_optim.step.projection import Projection
-
-_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
-_ALL_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-_HALVES = frozenset((torch.bfloat16, torch.float16))
 
 
 class FusedStep:
@@ -33,6 +28,7 @@ class FusedStep:
     def __init__(self, base: Optimizer) -> None:
         self.base = base
         self._state: BaseState | None = None
+        self._checked: Sequence[Tensor] | None = None  # Of what parameters `_state` is known to be, in this step.
         self._lrs: dict[tuple[float, torch.device], Tensor] = {}
 
     def why_not(self, gradients: PairedGradients, backend: str | None) -> str:
@@ -60,6 +56,7 @@ class FusedStep:
         kernels = cast(FusedBackend, select_backend(backend, gradients.device))
         for pairs in gradients.batches():
             _STEPS[type(self.base)](self, pairs, projection, kernels)
+        self._checked = None
 
     def lr(self, group: dict[str, Any], device: torch.device) -> Tensor:
         """The learning rate of ``group`` as the kernels take it; the last one where it has not changed."""
@@ -74,7 +71,7 @@ class FusedStep:
 
     def state_of(self, params: Sequence[Tensor]) -> BaseState:
         """The base's state of ``params``, looked up only where it or they are others than in the last step."""
-        if self._state is None or not self._state.holds(self.base, params):
+        if self._state is None or not (self._checked is params or self._state.holds(self.base, params)):
             self._state = BaseState(self.base, params)
         return self._state
 
@@ -84,9 +81,10 @@ class FusedStep:
         if not state.entries:
             state.read(_entries(self.base))
         if any_missing(state.entries["step"]):
-            for index, _, _ in by_group(pairs):
+            for index, _ in pairs.by_group():
                 lists: list[list[Tensor]] = [[] for _ in range(6)]
                 cast(Any, self.base)._init_group(self.base.param_groups[index], *lists)
+            self._checked = None
             state = self.state_of(pairs.params)
             state.read(_entries(self.base))
         return state
@@ -94,22 +92,11 @@ class FusedStep:
     def _fits(self, gradients: PairedGradients) -> bool:
         """Whether one loop over memory visits the same element of each parameter, its state and its gradients."""
         pairs = gradients.pairs
+        self._checked = None
         state, params = self.state_of(pairs.params), to_locals(pairs.params)
         moments = state.read(_entries(self.base))[: len(_moments(self.base))]
-        dtypes, grad_dtypes = {p.dtype for p in params}, {r.dtype for r in pairs.retain}
-        alike = len(dtypes) == 1 and dtypes <= _FLOATS and set(map(type, params)) <= PLAIN
-        alike = alike and (grad_dtypes == dtypes or (dtypes == {torch.float32} and grad_dtypes <= _HALVES))
-        if alike and gradients.contiguous and all(map(Tensor.is_contiguous, params)):
-            if state.known_to_fit(dtypes, moments):
-                return True
-            if all(_is_plain(m, dtypes) for values in moments for m in values if m is not None):
-                state.remember_to_fit(dtypes, moments)
-                return True
-        places = range(len(pairs))
-        return all(
-            fit(params[i], pairs.forget[i], pairs.retain[i], [to_local(m[i]) for m in moments if m[i] is not None])
-            for i in places
-        )
+        self._checked = pairs.params  # Nothing of the user's runs from here to the end of the step.
+        return not which_fit(state, params, pairs, moments, gradients.contiguous)
 
 
 def _adam_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: FusedBackend) -> None:
@@ -117,25 +104,25 @@ def _adam_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: F
     state = step.initialised(pairs)
     params = to_locals(pairs.params)
     exp_avgs, exp_avg_sqs, *others = (to_locals(state.entries[name]) for name in _moments(base))
-    state_steps = state.entries["step"]
     # Steps on the device advance there, unless the step is skipped; FusedStep has answered that for those on the host.
-    advance = 1 - projection.found_inf if supports_amp_scaling(base) else torch.ones(())
-    torch._foreach_add_(state_steps, [advance] * len(state_steps))
-    steps = _stacked(state_steps, pairs.device)
+    counts = state.counts("step")
+    counts.add_(1 - projection.found_inf if supports_amp_scaling(base) else torch.ones(()))
+    steps = counts.read(pairs.device, torch.float32)
     coefficients = projection.coefficients
-    for index, start, stop in by_group(pairs):
-        group, part = base.param_groups[index], slice(start, stop)
+    start = 0
+    for index, mine in pairs.by_group():
+        group, stop = base.param_groups[index], start + len(mine)
         beta1, beta2 = group["betas"]
         kernels.fused_adamw_(
-            params[part],
-            exp_avgs[part],
-            exp_avg_sqs[part],
-            others[0][part] if group["amsgrad"] else [],
-            pairs.forget[part],
-            pairs.retain[part],
-            pairs.rows[part],
+            _part(params, start, stop),
+            _part(exp_avgs, start, stop),
+            _part(exp_avg_sqs, start, stop),
+            _part(others[0], start, stop) if group["amsgrad"] else [],
+            mine.forget,
+            mine.retain,
+            mine.rows,
             coefficients,
-            steps[part],
+            steps[start:stop],
             step.lr(group, pairs.device),
             beta1=beta1,
             beta2=beta2,
@@ -145,14 +132,16 @@ def _adam_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: F
             maximize=group["maximize"],
             decoupled=group.get("decoupled_weight_decay", isinstance(base, AdamW)),
             found_inf=projection.found_inf,
-            scales=pairs.scales[part],
+            scales=mine.scales,
         )
+        start = stop
 
 
 def _sgd_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: FusedBackend) -> None:
     states = step.state_of(pairs.params).dicts
-    for index, start, stop in by_group(pairs):
-        group, mine = step.base.param_groups[index], pairs.part(start, stop)
+    stop = 0
+    for index, mine in pairs.by_group():
+        group, start, stop = step.base.param_groups[index], stop, stop + len(mine)
         if group["momentum"] == 0:
             _sgd_kernel(step, group, mine, [], projection, kernels, first_step=False)
             continue
@@ -215,10 +204,8 @@ def _entries(base: Optimizer) -> tuple[str, ...]:
     return _moments(base) if isinstance(base, SGD) else (*_moments(base), "step")
 
 
-def _stacked(state_steps: list[Tensor], device: torch.device) -> Tensor:
-    if device.type != "cpu" and len(set(map(Tensor.get_device, state_steps))) > 1:
-        state_steps = [s.to(device) for s in state_steps]  # Some groups have loaded the state of an unfused base.
-    return torch.stack(state_steps).to(device, torch.float32, non_blocking=True)
+def _part(tensors: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    return tensors if start == 0 and stop == len(tensors) else tensors[start:stop]
 
 
 def has_step_hooks(base: Optimizer) -> bool:
@@ -237,33 +224,9 @@ def _group_needs_base(group: dict[str, Any]) -> bool:
     )
 
 
-def _is_plain(moment: Tensor, dtypes: set[torch.dtype]) -> bool:
-    local = to_local(moment)
-    return local.dtype in dtypes and local.is_contiguous()
-
-
 def learning_rate(group: dict[str, Any], device: torch.device) -> Tensor:
     """0-d float64 on ``device``."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         return lr.to(device, torch.float64)
     return torch.full((), lr, dtype=torch.float64, device=device)
-
-
-def fits(pair: Pair, state: Mapping[str, Any]) -> bool:
-    """Whether one loop over memory visits the same element of the parameter, its state and its gradients."""
-    found = [to_local(state[name]) for name in _ALL_MOMENTS if state.get(name) is not None]
-    return fit(to_local(pair.param), pair.forget, pair.retain, found)
-
-
-def fit(param: Tensor, forget: Tensor, retain: Tensor, moments: Sequence[Tensor]) -> bool:
-    """The same, of real local tensors."""
-    if is_traceable_wrapper_subclass(param):
-        return False  # With a dispatch of its own (torchao's weights of 8 bits): its memory is something else.
-    dtype = param.dtype
-    if dtype not in _FLOATS or (retain.dtype != dtype and (dtype != torch.float32 or retain.dtype not in _HALVES)):
-        return False
-    if any(moment.dtype != dtype for moment in moments):
-        return False
-    others = [*(grad for grad in (forget, retain) if grad.numel()), *moments]
-    return is_dense(param) and all(dense_alike(param, t) for t in others)

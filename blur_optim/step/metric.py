@@ -6,24 +6,17 @@ it. It is the denominator of Adam, in which the forget gradient has no part. See
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from blur_optim.kernels import BACKENDS, Backend, select_backend
-from blur_optim.optimizer_wrapper import supports_amp_scaling
-from blur_optim.parallel.ranks import to_local
-from blur_optim.step.fused import fits
-from blur_optim.step.gradients import Pair, PairedGradients
-from blur_optim.step.plan import Rows, filled
+from blur_optim.step.plan import Rows
 from blur_optim.step.projection import MetricSums, Projection, clipped
 from blur_optim.step.rules import Dots
 from blur_optim.step.settings import Settings
-from blur_optim.step.stash import real
 
 #: The param groups' entry with the mean of v-hat, 0-d float64; NaN before the first step. Its presence says that
 #: ``exp_avg_sq`` is the second moment of the retain gradient.
@@ -38,10 +31,8 @@ DEFAULT_BETA = 0.99
 SMALLEST_RMS = 1e-8
 #: Weights that are usual here, where they are steps in units of lr; one outside was likely tuned for plain gradients.
 USUAL_WEIGHTS = 0.01, 10.0
-# SGD has no eps.
-_EPS = 1e-8
-# Columns of the table beside those of the kernels' dots.
-_COLUMNS = 10
+#: SGD has no eps.
+DEFAULT_EPS = 1e-8
 
 
 def check_metric_base(base: Optimizer) -> None:
@@ -67,7 +58,7 @@ def check_metric_base(base: Optimizer) -> None:
             value = group.get(name, 0.0)
             if any(isinstance(each, Tensor) for each in (value if isinstance(value, tuple | list) else (value,))):
                 raise ValueError(f"`{name}` must be a number with metric='retain', got a tensor.")
-        if not group.get("eps", _EPS) >= 1e-30:
+        if not group.get("eps", DEFAULT_EPS) >= 1e-30:
             raise ValueError(
                 f"`eps` must be 1e-30 or more with metric='retain', got {group['eps']!r}: where no retain gradient has "
                 "been seen and nothing is damped, it is all that the step is divided by."
@@ -120,116 +111,6 @@ def beta2(group: dict[str, Any]) -> float:
     return float(group["betas"][1] if "betas" in group else group[BETA])
 
 
-def init_state(base: Optimizer, params: Iterable[Tensor]) -> None:
-    """Make the state of ``params``, those with a gradient, as the base makes it; for SGD v and its step count too."""
-    if not isinstance(base, SGD):
-        for group in base.param_groups:
-            cast(Any, base)._init_group(group, *([] for _ in range(6)))
-        return
-    for p in params:
-        state = base.state[p]
-        if "exp_avg_sq" not in state:
-            device = to_local(p).device if supports_amp_scaling(base) else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-
-
-def numbers(
-    base: Optimizer,
-    pairs: Sequence[Pair],
-    mean: Tensor | None,
-    damping: float,
-    grad_scale: Tensor | float | None = None,
-) -> Tensor:
-    """The kernels' ``metric`` for ``pairs``, for the step that is next by their counts.
-
-    Args:
-        mean: of v-hat; None: no damping.
-        grad_scale: what both losses were multiplied with.
-    """
-    device = pairs[0].device
-    groups = [base.param_groups[pair.group] for pair in pairs]
-    rate = filled([beta2(group) for group in groups], device)
-    steps = torch.stack([base.state[pair.param]["step"] for pair in pairs]).to(device, torch.float64, non_blocking=True)
-    rest = 1 - rate
-    if grad_scale is not None:
-        rest = rest / grad_scale / grad_scale
-    damp = torch.zeros_like(rate) if mean is None else (damping * mean.to(device)).expand_as(rate)
-    eps = filled([float(group.get("eps", _EPS)) for group in groups], device)
-    return torch.stack([rate, rest, 1 / (1 - rate ** (steps + 1)), damp, eps], dim=1)
-
-
-def given(metric: Tensor) -> Tensor:
-    """``metric`` with v taken as it is: it has advanced already."""
-    return torch.cat([torch.ones_like(metric[:, :1]), torch.zeros_like(metric[:, :1]), metric[:, 2:]], dim=1)
-
-
-def take_metric_dots(
-    base: Optimizer,
-    gradients: PairedGradients,
-    settings: Settings,
-    mean: Tensor | None,
-    grad_scale: Tensor | float | None,
-) -> Tensor:
-    """``[rows, 10]`` float64: the kernels' nine dots of each row and its number of elements, this rank's part.
-
-    With ``record_alignment``: of each member.
-    """
-    rows = len(gradients.rows.params if settings.record_alignment else gradients.rows.gammas)
-    table = torch.zeros(rows, _COLUMNS, dtype=torch.float64, device=gradients.device)
-    for batch in gradients.batches():
-        device = batch.device
-        for kernels, pairs in by_kernels(base, batch.each(), settings.backend):
-            own_rows = [pair.member if settings.record_alignment else pair.row for pair in pairs]
-            dots = kernels.multi_tensor_metric_dots(
-                [pair.forget for pair in pairs],
-                [pair.retain for pair in pairs],
-                moments(base, pairs, "exp_avg_sq"),
-                largest_moments(base, pairs),
-                own_rows,
-                rows,
-                numbers(base, pairs, mean, settings.damping, grad_scale),
-                block_scales(pairs),
-            )
-            counts = [0.0] * rows
-            for row, pair in zip(own_rows, pairs, strict=True):
-                counts[row] += max(pair.forget.numel(), pair.retain.numel())
-            part = torch.cat([dots, filled(counts, device)[:, None]], dim=1)
-            table += part.to(table.device, non_blocking=True).mul_(batch.weight)
-    return table
-
-
-def by_kernels(base: Optimizer, pairs: Sequence[Pair], backend: str | None) -> Iterator[tuple[Backend, list[Pair]]]:
-    """The pairs of one device with the backend for them: foreach for those that others do not take.
-
-    Whether there is amsgrad or not is one for all pairs of a list.
-    """
-    chosen = select_backend(backend, pairs[0].device)
-    kinds: dict[tuple[bool, bool], list[Pair]] = {}
-    for pair in pairs:
-        state = base.state[pair.param]
-        kinds.setdefault((fits(pair, state), bool(base.param_groups[pair.group].get("amsgrad"))), []).append(pair)
-    for (is_usual, _), mine in kinds.items():
-        yield chosen if is_usual else BACKENDS["foreach"], mine
-
-
-def block_scales(pairs: Sequence[Pair]) -> list[Tensor]:
-    """The kernels' ``scales``: empty where nothing is int8."""
-    if all(pair.scales is None for pair in pairs):
-        return []
-    return [pair.retain if pair.scales is None else pair.scales for pair in pairs]
-
-
-def moments(base: Optimizer, pairs: Iterable[Pair], name: str) -> list[Tensor]:
-    """The state called ``name``, real and local."""
-    return [real(to_local(base.state[pair.param][name])) for pair in pairs]
-
-
-def largest_moments(base: Optimizer, pairs: Sequence[Pair]) -> list[Tensor]:
-    has_largest = bool(pairs and base.param_groups[pairs[0].group].get("amsgrad"))
-    return moments(base, pairs, "max_exp_avg_sq") if has_largest else []
-
-
 def mean_of(table: Tensor, found_inf: Tensor, before: Tensor | None) -> Tensor:
     """0-d: the mean of v-hat after this step; as ``before`` where the step is skipped or saw no element."""
     total = table.sum(0)
@@ -239,7 +120,7 @@ def mean_of(table: Tensor, found_inf: Tensor, before: Tensor | None) -> Tensor:
 
 
 def solve_in_metric(table: Tensor, rows: Rows, settings: Settings, grad_scale: Tensor | float | None) -> Projection:
-    r"""The scalar part: from the dots, as :func:`take_metric_dots` has them, to the coefficients.
+    r"""The scalar part: from the dots, as ``take_metric_dots`` has them, to the coefficients.
 
     The rule sees the dots in the metric of :math:`\hat g_f = s\,g_f` and :math:`g_r`, with
     :math:`s = 1/\mathrm{rms}(P g_f)` over the coordinates of its scope; its :math:`a` is multiplied with s.

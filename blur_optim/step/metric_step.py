@@ -2,43 +2,31 @@
 
 By closures the dots and one fused update are all. By phases the blend that writes the update into ``p.grad`` advances v
 too, since g_r is gone afterwards, and the step takes v as it is. Such a step may then not be taken (GradScaler finds an
-overflow in the update, zero_grad() abandons it): v has seen that retain gradient all the same.
+overflow in the update, zero_grad() abandons it): v has seen that retain gradient all the same. What it has seen is
+counted where it sees it, so that its bias correction is right: :data:`blur_optim.step.metric_pairs.AHEAD`.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from itertools import groupby
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from blur_optim.kernels import Backend
+from blur_optim.kernels.layout import Contiguous
 from blur_optim.optimizer_wrapper import supports_amp_scaling
-from blur_optim.parallel.ranks import to_local
-from blur_optim.step.fused import has_step_hooks, learning_rate
-from blur_optim.step.gradients import Pair, PairedGradients
-from blur_optim.step.metric import (
-    MEAN,
-    block_scales,
-    by_kernels,
-    check_metric_base,
-    check_metric_stash,
-    given,
-    init_state,
-    largest_moments,
-    mean_of,
-    moments,
-    numbers,
-    solve_in_metric,
-    take_metric_dots,
-)
+from blur_optim.parallel.ranks import Ranks, to_local
+from blur_optim.step.fused import has_step_hooks
+from blur_optim.step.gradients import take_gradients
+from blur_optim.step.metric import MEAN, check_metric_base, check_metric_stash, mean_of, solve_in_metric
+from blur_optim.step.metric_pairs import AHEAD, MetricPairs, MetricState, init_state
+from blur_optim.step.metric_update import metric_blend_, metric_update_, take_metric_dots
+from blur_optim.step.pairs import PairedGradients, Pairs
 from blur_optim.step.phases import Phase
+from blur_optim.step.plan import Rows
 from blur_optim.step.projection import Projection
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import real
@@ -59,6 +47,7 @@ class MetricStep(TwoPhaseStep):
         #: The mean of v-hat that damps the next step, 0-d; None where the param groups have to be asked.
         self._mean: Tensor | None = None
         self._looked_at_v = False
+        self._state = MetricState(base)
         # What the step on p.grad is to be taken with: the damping of the dots, and the settings.
         self._pending: tuple[Tensor, Settings] | None = None
 
@@ -67,6 +56,9 @@ class MetricStep(TwoPhaseStep):
         if not all(MEAN in group for group in param_groups):
             for group in self.base.param_groups:  # That of before does not belong to what was loaded.
                 group[MEAN] = torch.full_like(group[MEAN], torch.nan)
+        for state in self.base.state.values():
+            if AHEAD in state:  # torch has cast it to the parameter's dtype, in which a count may not go on.
+                state[AHEAD] = state[AHEAD].float()
 
     # -- The numbers -------------------------------------------------------------------------------------------------
 
@@ -76,7 +68,7 @@ class MetricStep(TwoPhaseStep):
         if mean is None and not self._looked_at_v:
             self._warn_if_v_is_of_the_update()
         self._looked_at_v = True
-        with self._new_state(gradients.pairs.params):
+        with self._state.made_for(gradients.pairs.params):
             if mean is None:  # The first step: v-hat of this step itself has to be summed beforehand.
                 table = self._table(gradients, settings, None, grad_scale)
                 mean = mean_of(table, table.new_zeros(()), None)
@@ -85,28 +77,17 @@ class MetricStep(TwoPhaseStep):
         # For the device to decide: the mean of a skipped step is that of the one before.
         self._next_mean = mean_of(table, projection.found_inf, self._mean)
         self._pending = mean, settings
-        self._numbers = partial(_numbers, self.base, mean, settings.damping, grad_scale)
         return projection
-
-    @contextmanager
-    def _new_state(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """With the state that the dots read; what is new of it is gone again where they, or the rule, fail."""
-        before = {p: dict(self.base.state[p]) if p in self.base.state else None for p in params}
-        try:
-            init_state(self.base, params)
-            yield
-        except BaseException:
-            for p, state in before.items():
-                if state is None:
-                    self.base.state.pop(p, None)
-                else:
-                    self.base.state[p] = state
-            raise
 
     def _table(
         self, gradients: PairedGradients, settings: Settings, mean: Tensor | None, grad_scale: Tensor | float | None
     ) -> Tensor:
-        return gradients.ranks.sum_(take_metric_dots(self.base, gradients, settings, mean, grad_scale), gradients.facts)
+        if gradients.pairs:
+            known = gradients.pairs
+            pairs = known if isinstance(known, MetricPairs) else self._state.attached(known, gradients.contiguous)
+            self._state.fill_in(pairs, mean, settings.damping, grad_scale)
+            gradients.use(pairs)
+        return gradients.ranks.sum_(take_metric_dots(gradients, self._state, settings), gradients.facts)
 
     def _known_mean(self) -> Tensor | None:
         """The mean that the step before left, here or in a checkpoint. Reads it on the host where it is new to us."""
@@ -142,8 +123,7 @@ class MetricStep(TwoPhaseStep):
             gradients.clear()
             self.step_base(amp)
             return
-        batches = (pairs.each() for pairs in gradients.batches())
-        self._update(batches, projection.coefficients, projection.found_inf, settings.backend, self._numbers)
+        self._update(gradients, projection.coefficients, projection.found_inf, settings.backend)
         self._keep_mean(projection)
 
     def write_update(self, settings: Settings, grad_scale: GradScaler | Tensor | float | None) -> None:
@@ -151,19 +131,9 @@ class MetricStep(TwoPhaseStep):
         self._blend(gradients, projection, settings)
 
     def _blend(self, gradients: PairedGradients, projection: Projection, settings: Settings) -> None:
-        for batch in gradients.batches():
-            device = batch.device
-            for kernels, pairs in by_kernels(self.base, batch.each(), settings.backend):
-                kernels.multi_tensor_metric_blend_(
-                    [pair.retain for pair in pairs],
-                    [pair.forget for pair in pairs],
-                    moments(self.base, pairs, "exp_avg_sq"),
-                    projection.coefficients.to(device, non_blocking=True),
-                    [pair.row for pair in pairs],
-                    self._numbers(pairs),
-                    projection.found_inf.to(device, non_blocking=True),
-                    block_scales(pairs),
-                )
+        if gradients.pairs:
+            metric_blend_(gradients, projection.coefficients, projection.found_inf, settings.backend)
+            self._state.counts(AHEAD).add_(1 - projection.found_inf)
         self._keep_mean(projection)
 
     def step_base(self, amp: Amp) -> None:
@@ -174,36 +144,41 @@ class MetricStep(TwoPhaseStep):
         mean, settings = self._pending
 
         def update(*args: Any, **kwargs: Any) -> None:
-            batches = self._batches_of_update()
-            if not batches:
+            gradients = self._update_in_grad()
+            if not gradients.pairs:
                 return
-            device = batches[0][0].device
-            weight = torch.ones((), dtype=torch.float64, device=device)
+            pairs = self._state.attached(gradients.pairs, gradients.contiguous)
+            self._state.fill_in_given(pairs, mean, settings.damping)
+            gradients.use(pairs)
+            weight = torch.ones((), dtype=torch.float64, device=pairs.device)
             if (scale := amp.get("grad_scale")) is not None:  # A base that unscales by itself.
                 weight = weight / scale.to(weight).reshape(())
-            self._update(
-                batches,
-                torch.stack([torch.zeros_like(weight), weight])[None],
-                self._found_on(device, amp),
-                settings.backend,
-                lambda pairs: given(numbers(self.base, pairs, mean, settings.damping)),
-            )
+            coefficients = torch.stack([torch.zeros_like(weight), weight])[None]
+            self._update(gradients, coefficients, self._found_on(pairs.device, amp), settings.backend, is_ahead=True)
 
         hooked: Any = Optimizer.profile_hook_step(update)
         hooked(self.base)
         if "step" in self.base.__dict__:  # A scheduler on the base watches whether it has stepped.
             self.base._opt_called = True  # type: ignore[attr-defined]
 
-    def _batches_of_update(self) -> list[list[Pair]]:
-        """What lies in ``p.grad``, as retain gradients with a weight of 1, by device."""
-        by_device: dict[torch.device, list[Pair]] = {}
-        for index, group in enumerate(self.base.param_groups):
-            for p in group["params"]:
-                if p.grad is not None:
-                    update = real(to_local(p.grad))
-                    pair = Pair(p, update.new_empty(0), update, 0, index)
-                    by_device.setdefault(pair.device, []).append(pair)
-        return list(by_device.values())
+    def _update_in_grad(self) -> PairedGradients:
+        """What lies in ``p.grad``, as retain gradients of one row."""
+        plan = self.plan
+        taken = take_gradients(plan)
+        places = [i for i, grad in enumerate(taken.grads) if grad is not None]
+        whole = len(places) == len(plan.params)
+        params = plan.params if whole else [plan.params[i] for i in places]
+        groups = plan.groups if whole else [plan.groups[i] for i in places]
+        retain = [real(to_local(cast(Tensor, taken.grads[i]))) for i in places]
+        nothing = {
+            kind: torch.empty(0, dtype=kind[0], device=kind[1]) for kind in {(r.dtype, r.device) for r in retain}
+        }
+        forget = [nothing[r.dtype, r.device] for r in retain]
+        if taken.contiguous:
+            forget, retain = Contiguous(forget), Contiguous(retain)
+        rows = Rows(params, [0] * len(params), groups, [1.0], [1.0])
+        pairs = Pairs(params, forget, retain, rows.rows, rows.members, groups)
+        return PairedGradients(pairs, rows, Ranks(), contiguous=taken.contiguous)
 
     def _found_on(self, device: torch.device, amp: Amp) -> Tensor:
         found = torch.zeros((), device=device)
@@ -216,101 +191,27 @@ class MetricStep(TwoPhaseStep):
 
     def _update(
         self,
-        batches: Iterable[Sequence[Pair]],
+        gradients: PairedGradients,
         coefficients: Tensor,
         found_inf: Tensor,
         backend: str | None,
-        numbers_of: Callable[[Sequence[Pair]], Tensor],
+        is_ahead: bool = False,
     ) -> None:
-        """One pass over parameters, state and gradients, and the step counts."""
+        """Take the step and count it.
+
+        Args:
+            is_ahead: v has seen the retain gradient already, and counted it.
+        """
+        if not gradients.pairs:
+            return
         on_device = supports_amp_scaling(self.base)
         if not on_device and found_inf.item():
             return  # Such a base counts its steps on the host, so the host has to know.
-        for batch in batches:
-            for kernels, pairs in by_kernels(self.base, batch, backend):
-                for index, mine in groupby(pairs, key=lambda pair: pair.group):
-                    of_group = list(mine)
-                    arguments = kernels, of_group, coefficients, found_inf, numbers_of(of_group)
-                    step = self._sgd if isinstance(self.base, SGD) else self._adam
-                    if not step(self.base.param_groups[index], *arguments):
-                        continue
-                    steps = [self.base.state[pair.param]["step"] for pair in of_group]
-                    torch._foreach_add_(steps, 1 - found_inf.to(steps[0]) if on_device else 1)
-
-    def _adam(
-        self,
-        group: dict[str, Any],
-        kernels: Backend,
-        pairs: list[Pair],
-        coefficients: Tensor,
-        found_inf: Tensor,
-        metric: Tensor,
-    ) -> bool:
-        device = pairs[0].device
-        steps = torch.stack([self.base.state[pair.param]["step"] for pair in pairs]).to(device, torch.float32)
-        kernels.metric_adamw_(
-            [real(to_local(pair.param)) for pair in pairs],
-            moments(self.base, pairs, "exp_avg"),
-            moments(self.base, pairs, "exp_avg_sq"),
-            largest_moments(self.base, pairs),
-            [pair.forget for pair in pairs],
-            [pair.retain for pair in pairs],
-            [pair.row for pair in pairs],
-            coefficients.to(device, non_blocking=True),
-            steps + 1,
-            learning_rate(group, device),
-            metric,
-            beta1=group["betas"][0],
-            weight_decay=group["weight_decay"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-            decoupled=group.get("decoupled_weight_decay", isinstance(self.base, AdamW)),
-            found_inf=found_inf.to(device, non_blocking=True),
-            scales=block_scales(pairs),
-        )
-        return True
-
-    def _sgd(
-        self,
-        group: dict[str, Any],
-        kernels: Backend,
-        pairs: list[Pair],
-        coefficients: Tensor,
-        found_inf: Tensor,
-        metric: Tensor,
-    ) -> bool:
-        has_momentum = group["momentum"] != 0
-        new = [has_momentum and self.base.state[pair.param].get("momentum_buffer") is None for pair in pairs]
-        if any(new) and found_inf.item():
-            return False  # A buffer that a skipped step has made would be damped in the next.
-        device = pairs[0].device
-        for first_step in sorted(set(new)):
-            index = [i for i, is_new in enumerate(new) if is_new == first_step]
-            mine = [pairs[i] for i in index]
-            if first_step:
-                for pair in mine:
-                    buffer = torch.empty_like(pair.param, memory_format=torch.preserve_format)
-                    self.base.state[pair.param]["momentum_buffer"] = buffer
-            kernels.metric_sgd_(
-                [real(to_local(pair.param)) for pair in mine],
-                moments(self.base, mine, "momentum_buffer") if has_momentum else [],
-                moments(self.base, mine, "exp_avg_sq"),
-                [pair.forget for pair in mine],
-                [pair.retain for pair in mine],
-                [pair.row for pair in mine],
-                coefficients.to(device, non_blocking=True),
-                learning_rate(group, device),
-                metric if len(mine) == len(pairs) else metric[index],
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                first_step=first_step,
-                found_inf=found_inf.to(device, non_blocking=True),
-                scales=block_scales(mine),
-            )
-        return True
+        metric_update_(self.base, gradients, coefficients, found_inf, backend, self.fused.lr)
+        taken = 1 - found_inf
+        self._state.counts("step").add_(taken if on_device else torch.ones(()))
+        if is_ahead:
+            self._state.counts(AHEAD).add_(-taken)
 
     # -- Bookkeeping -------------------------------------------------------------------------------------------------
 
@@ -321,9 +222,8 @@ class MetricStep(TwoPhaseStep):
     def _warn_if_no_phase(self) -> None:
         if self.phases.current is not Phase.IDLE or not self.has_gradients():
             return
-        if all(
-            group["lr"] == 0 for group in self.base.param_groups
-        ):  # torch.distributed.checkpoint makes the state so.
+        # torch.distributed.checkpoint makes the state so.
+        if all(group["lr"] == 0 for group in self.base.param_groups):
             init_state(self.base, [p for p in self.params() if p.grad is not None])
             return
         raise RuntimeError(
@@ -331,9 +231,3 @@ class MetricStep(TwoPhaseStep):
             "second moments of the retain gradient with what is in p.grad. Give it two closures, or compute the "
             "gradients in `with opt.forget()` and `with opt.retain()`."
         )
-
-
-def _numbers(
-    base: Optimizer, mean: Tensor, damping: float, grad_scale: Tensor | float | None, pairs: Sequence[Pair]
-) -> Tensor:
-    return numbers(base, pairs, mean, damping, grad_scale)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from blur_optim.step.gradients import PairedGradients
+from blur_optim.step.pairs import PairedGradients
 from blur_optim.step.projection import Projection
 
 

@@ -68,6 +68,11 @@ class Rows:
     alphas: list[Weight]
 
     @cached_property
+    def members(self) -> list[int]:
+        """The place of each of ``params``, in a list that is not to be changed."""
+        return list(range(len(self.params)))
+
+    @cached_property
     def sizes(self) -> list[int]:
         """The number of members of each row."""
         sizes = [0] * len(self.gammas)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blur_optim.kernels import select_backend
-from blur_optim.step.gradients import PairedGradients
+from blur_optim.step.pairs import PairedGradients
 from blur_optim.step.plan import Rows
 from blur_optim.step.rules import Dots, update_norm_sq
 from blur_optim.step.settings import Settings

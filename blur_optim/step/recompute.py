@@ -17,7 +17,8 @@ from torch._guards import active_fake_mode
 
 from blur_optim.kernels import select_backend
 from blur_optim.parallel.ranks import Ranks, settle_gradient, to_local
-from blur_optim.step.gradients import PairedGradients, check_dense, pair_gradients
+from blur_optim.step.gradients import check_dense, pair_gradients
+from blur_optim.step.pairs import PairedGradients
 from blur_optim.step.plan import Plan, Rows
 from blur_optim.step.projection import Projection, blend_, clipped, solve, take_dots
 from blur_optim.step.rules import Dots

@@ -261,9 +261,13 @@ def real(grad: Tensor) -> Tensor:
 
 def _windows(grads: Sequence[Tensor | None], places: Sequence[int]) -> list[int]:
     """Those of ``places`` whose gradient is a window into a larger buffer."""
-    # FSDP2 hands out views of one buffer for a whole group, and keeps none.
-    present = [(i, g) for i in places if (g := grads[i]) is not None]
-    return [i for i, g in present if (g._is_view() or g.untyped_storage().nbytes() > g.nbytes) and not is_dtensor(g)]
+    if len(places) == len(grads) and set(map(type, grads)) == {Tensor}:
+        present, own = places, cast(list[Tensor], grads)
+    else:  # FSDP2 hands out views of one buffer for a whole group, and keeps none.
+        present = [i for i in places if (g := grads[i]) is not None and not is_dtensor(g)]
+        own = cast(list[Tensor], [grads[i] for i in present])
+    pairs = zip(present, own, strict=True)
+    return [i for i, g in pairs if g._is_view() or g.untyped_storage().nbytes() > g.nbytes]
 
 
 #: The stashes by the name that ``BLUR(stash=...)`` takes. What recompute adds to the first is in its own module.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blur_optim.step.projection import MetricSums
+from blur_optim.step.projection import MetricSums, Projection
 from blur_optim.step.rules import Dots
 
 
@@ -39,6 +39,13 @@ class StepStatistics:
     parameter_dots: Dots | None = None
     in_metric: MetricSums | None = None
     parameters_in_metric: MetricSums | None = None
+
+    @classmethod
+    def of(cls, p: Projection, skipped: Tensor) -> "StepStatistics":
+        """What the projection ``p`` saw, after ``skipped`` skipped steps."""
+        in_metric = p.in_metric, p.parameters_in_metric
+        # A copy, for `skipped` counts on.
+        return cls(p.dots, p.a, p.b, p.update_norm, skipped.clone(), p.params, p.parameter_dots, *in_metric)
 
     @property
     def dot_retain_forget(self) -> Tensor:

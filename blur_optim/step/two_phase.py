@@ -18,14 +18,16 @@ from blur_optim.parallel.wrappers import Wrappers
 from blur_optim.step.base import check_differentiable, step_base
 from blur_optim.step.capture import check_capture, is_capturing
 from blur_optim.step.fused import FusedStep
-from blur_optim.step.gradients import PairedGradients, pair_gradients, take_gradients
+from blur_optim.step.gradients import pair_gradients, take_gradients
 from blur_optim.step.nothing import unreached, why_nothing_moves
-from blur_optim.step.phases import Phase, Phases
-from blur_optim.step.plan import Plan, any_missing
+from blur_optim.step.pairs import PairedGradients
+from blur_optim.step.phases import Phase
+from blur_optim.step.plan import any_missing
 from blur_optim.step.projection import Projection, blend_, project
 from blur_optim.step.recompute import recompute
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import STASHES
+from blur_optim.step.under_way import UnderWay
 
 _OUTSIDE = 6  # How many calls a warning about a step is away from the user's own line, about.
 
@@ -33,7 +35,7 @@ Closure = Callable[[], Any]
 Amp = dict[str, Tensor | None]
 
 
-class TwoPhaseStep:
+class TwoPhaseStep(UnderWay):
     """The steps of one BLUR, one after another.
 
     What takes gradients from elsewhere than ``p.grad`` gives ``wrappers`` and ``ranks`` of its own, with the methods of
@@ -52,10 +54,6 @@ class TwoPhaseStep:
         skipped: 0-d int64, the steps skipped so far because a gradient was not finite.
     """
 
-    _found_inf: Tensor | None
-    _witness: tuple[Tensor, Tensor | None] | None
-    _zeros: list[tuple[Tensor, int]]
-
     def __init__(
         self,
         base: Optimizer,
@@ -64,21 +62,18 @@ class TwoPhaseStep:
         ranks: Ranks | None = None,
         wrappers: Wrappers | None = None,
     ) -> None:
-        self.base, self.two_evaluations = base, stash == "recompute"
-        self.phases, self.stash, self.fused = Phases(), STASHES[stash](backend), FusedStep(base)
+        super().__init__(base, STASHES[stash](backend), Wrappers() if wrappers is None else wrappers)
+        self.two_evaluations, self.fused = stash == "recompute", FusedStep(base)
         self.ranks = Ranks() if ranks is None else ranks
-        self.wrappers = Wrappers() if wrappers is None else wrappers
-        self._plan: Plan | None = None
         self.last: Projection | None = None
         self.skipped = torch.zeros((), dtype=torch.int64)
         self._warned = self._said_nothing = False
-        self.end()
 
     # -- By closures -------------------------------------------------------------------------------------------------
 
     def step(self, forget: Closure, retain: Closure, settings: Settings, amp: Amp) -> tuple[Any, Any]:
         """Run both closures and take the step; no gradient is left afterwards."""
-        self._drop_zeros()
+        self.drop_zeros()
         with self.abandoning_on_error():
             self.phases.check_closures(self.has_gradients())
             _check_no_scaler(amp)
@@ -106,12 +101,35 @@ class TwoPhaseStep:
         gradients.clear()  # The forget gradients: the base's step must not find them in memory.
         self.step_base(amp)
 
+    def _evaluate(self, closure: Closure, name: str, has_gradients: Callable[[], bool]) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+            missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.plan.dtensors)
+            if missing and isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+                self._check_reached(name, has_gradients)
+                missing = False
+        if not missing:
+            # Detached, so that the graph of the forget loss does not live through the retain phase.
+            return loss.detach() if isinstance(loss, Tensor) else loss
+        raise RuntimeError(
+            f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
+            "where there is nothing to compute in this step."
+        )
+
+    def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
+        plan = self.plan
+        self.ranks.update(plan.params, plan.dtensors)
+        # With many ranks, others may have the parameters that this loss depends on.
+        if plan.params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(plan.dtensors)):
+            raise unreached(name, plan.params)
+
     # -- By phases ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def forget_phase(self, settings: Settings) -> Iterator[None]:
         """The forget gradients are computed within, and wait in the stash afterwards."""
-        self._drop_zeros()
+        self.drop_zeros()
         with self.abandoning_on_error():
             self._begin_forget(self.has_gradients(), settings, by_phases=True)
             yield
@@ -238,42 +256,15 @@ class TwoPhaseStep:
                 "of the gradients. Pass the GradScaler to the retain phase: with opt.retain(grad_scale=scaler)."
             )
 
-    # -- Bookkeeping -------------------------------------------------------------------------------------------------
-
-    def groups(self) -> Sequence[dict[str, Any]]:
-        """The param groups: in each, parameters with the gradients that are combined, and their weights."""
-        return self.base.param_groups
-
-    @property
-    def plan(self) -> Plan:
-        """The parameters as they are now."""
-        groups = self.groups()
-        if self._plan is None or not self._plan.holds(groups):
-            self._plan = Plan(groups)
-        return self._plan
-
-    def params(self) -> list[Tensor]:
-        """All parameters as they are now."""
-        return self.plan.params
-
-    def has_gradients(self) -> bool:
-        plan = self.plan
-        return any(p.grad is not None for p in plan.params) or self.wrappers.holds_back(plan.dtensors)
-
-    def reset(self) -> None:
-        """After zero_grad(): a step that was under way is dropped, unless a phase is open."""
-        if self.phases.is_open:
-            return
-        plan = self.plan
-        self.wrappers.drop(plan.dtensors)
-        self.end()
-        self._zeros = [(grad, grad._version) for p in plan.params if (grad := p.grad) is not None]
+    # -- What is said of a step that is not what it should be --------------------------------------------------------
 
     def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         """After the state dict with these groups was loaded."""
         if any("retain_mean_sq" in group for group in param_groups):
             for group in self.base.param_groups:
                 group.pop("retain_mean_sq", None)
+            for state in self.base.state.values():
+                state.pop("retain_ahead", None)
             warnings.warn(
                 "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the "
                 "retain gradient, which may be smaller than that of the update by far, and the first steps larger. "
@@ -281,68 +272,13 @@ class TwoPhaseStep:
                 stacklevel=3,
             )
 
-    def discard(self) -> None:
-        """Drop every gradient, stashed or not, and with them the step."""
-        plan = self.plan
-        for p in plan.params:
-            p.grad = None
-        self.wrappers.drop(plan.dtensors)
-        self.end()
-
-    def end(self) -> None:
-        """The next step can begin."""
-        self.stash.clear()
-        self.phases.current = Phase.IDLE
-        self._found_inf = self._witness = None
-        self._scale_needed = False
-        self._zeros = []
-
-    @contextmanager
-    def abandoning_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.discard()
-            raise
-
-    def _evaluate(self, closure: Closure, name: str, has_gradients: Callable[[], bool]) -> Any:
-        with torch.enable_grad():
-            loss = closure()
-            missing = loss is not None and not has_gradients() and not self.wrappers.holds_back(self.plan.dtensors)
-            if missing and isinstance(loss, Tensor) and loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-                self._check_reached(name, has_gradients)
-                missing = False
-        if not missing:
-            # Detached, so that the graph of the forget loss does not live through the retain phase.
-            return loss.detach() if isinstance(loss, Tensor) else loss
-        raise RuntimeError(
-            f"`{name}` must call backward, or return a differentiable loss, got {loss!r} and no gradient. Return None "
-            "where there is nothing to compute in this step."
-        )
-
-    def _check_reached(self, name: str, has_gradients: Callable[[], bool]) -> None:
-        plan = self.plan
-        self.ranks.update(plan.params, plan.dtensors)
-        # With many ranks, others may have the parameters that this loss depends on.
-        if plan.params and not (self.ranks.are_many or has_gradients() or self.wrappers.holds_back(plan.dtensors)):
-            raise unreached(name, plan.params)
-
     def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
         # With many ranks, others may have what this one lacks.
-        if self._said_nothing or self.ranks.are_many or not self.params():
+        if self._said_nothing or self.ranks.are_many:
             return
-        if why := why_nothing_moves(gradients, projection):
+        if (why := why_nothing_moves(gradients, projection)) and self.params():
             self._said_nothing = True
             warnings.warn(why, stacklevel=_OUTSIDE)
-
-    def _drop_zeros(self) -> None:
-        """Drop what ``zero_grad(set_to_none=False)`` left, unless something has been added to it since."""
-        zeros = {id(grad) for grad, version in self._zeros if grad._version == version}
-        for p in self.plan.params if zeros else ():
-            if id(p.grad) in zeros:
-                p.grad = None
-        self._zeros = []
 
     def _check_is_update(self) -> None:
         # Without a gradient in either phase there is no update: what is in p.grad has come from somewhere else.

@@ -77,6 +77,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "--model 2e-5)",
     )
     group.add_argument(
+        "--retain-weight",
+        type=positive,
+        metavar="X",
+        help="weight of the retain loss in the weighted sum (default: 10)",
+    )
+    group.add_argument(
         "--gamma",
         type=positive,
         metavar="X",

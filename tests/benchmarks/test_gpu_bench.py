@@ -97,12 +97,12 @@ class TestStages:
         monkeypatch.setattr(runner, "CPU_PATIENCE", 1.0)
         return Context("cpu", True, tmp_path / "work", 0.0)
 
-    def run(self, context, tmp_path, bodies, minutes=1.0, each=10.0):
+    def run(self, context, tmp_path, bodies, minutes=1.0, each=10.0, least=0.0):
         lines = ["import json, os, sys, time", "name, told = sys.argv[2:]", "work = json.loads(told)['work']"]
         lines += ["def keep(**found): open(f'{work}/{name}.json', 'w').write(json.dumps(found))"]
         lines += [f"if name == {name!r}:\n    {body}" for name, body in bodies.items()]
         (tmp_path / "benchmarks/gpu_bench.py").write_text("\n".join(lines))
-        stages = [Stage(name, each / 60, "what it does", csv=True) for name in bodies]
+        stages = [Stage(name, each / 60, "what it does", least / 60, csv=True) for name in bodies]
         fine = runner.run_stages(stages, context, tmp_path / "out", minutes, {"commit": "abc"})
         return fine, json.loads((tmp_path / "out/results.json").read_text())["stages"]
 
@@ -133,6 +133,13 @@ class TestStages:
         assert not fine
         assert results["first"]["status"].startswith("ended after its")
         assert results["second"]["status"] == "not started: no time left"
+
+    def test_a_stage_leaves_the_later_ones_their_least(self, context, tmp_path):
+        bodies = {"first": "time.sleep(60)", "second": "keep()"}
+        _, results = self.run(context, tmp_path, bodies, minutes=3 / 60, least=1.5)
+        assert results["first"]["status"].startswith("ended after its")
+        assert results["second"]["status"] == "done"
+        assert sum(stage.least for stage in STAGES) == pytest.approx(8)  # The default of --minutes.
 
     def test_what_a_stage_has_started_ends_with_it(self, context, tmp_path):
         body = (

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forking import Script
 from fsdp2_lib import checkpoint, processes
 from fsdp2_lib.data import Example, micro_batches, read_examples, rows_of_step
 from fsdp2_lib.options import parse_options
@@ -98,10 +99,13 @@ def test_two_processes_that_are_killed_go_on_as_if_they_had_not_been(
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     last = kill_after_a_checkpoint(torchrun(home, killed, "--steps", "9999", "--save-every", "2"), killed)
-    resumed = torchrun(home, killed, "--steps", str(last + 2), "--resume")
-    output = finish(torchrun(home, whole, "--steps", str(last + 2)))
-    assert f"step {last + 2:>5}  forget" in output
-    assert f"resumed from {killed}/checkpoints/step-{last:08d}" in finish(resumed)
+    steps = ["--steps", str(last + 2)]
+    resumed, through = (
+        Script(FSDP2, arguments(home, out, *more), tmp_path / f"printed-{out.name}", processes=2)
+        for out, more in ((killed, [*steps, "--resume"]), (whole, steps))
+    )
+    assert f"step {last + 2:>5}  forget" in through.finish()
+    assert f"resumed from {killed}/checkpoints/step-{last:08d}" in resumed.finish()
     assert [record["step"] for record in log_of(killed)] == list(range(1, last + 3))
     assert_same_course(log_of(killed), log_of(whole), rel=0)
     weights = [load_file(next((out / "model").glob("*.safetensors"))) for out in (killed, whole)]

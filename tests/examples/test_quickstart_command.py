@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quickstart
+import shared_lib.learning
+import shared_lib.metrics
+from forking import Script, forking_context
 from quickstart_lib.options import parse_options
 from shared_lib.errors import InputError, TrainingError, run
 
@@ -18,18 +21,23 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 TINY = ["--authors", "4", "--epochs", "2", "--steps", "6", "--digits-steps", "2"]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(QUICKSTART), *arguments]
-    environment = os.environ | {"COLUMNS": "60", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def start(output: Path, *arguments: str) -> Script:
+    return Script(QUICKSTART, arguments, output, environment={"COLUMNS": "60"}, daemon=False)
 
 
-def test_a_second_run_begins_with_the_unlearning_and_finds_the_same(tmp_path: Path) -> None:
+def test_a_second_run_begins_with_the_unlearning_and_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # One test, so that no other worker of pytest-xdist trains the models again.
     out = tmp_path / "out"
-    first_stdout, first = run_tiny(out)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(shared_lib.metrics, "GENERATE_AT_MOST", 2)  # A model that knows nothing talks to the end.
+    ratio = shared_lib.metrics.median_truth_ratio
+    monkeypatch.setattr(shared_lib.metrics, "median_truth_ratio", lambda model, of, rows: ratio(model, of, rows[:4]))
+    monkeypatch.setattr(shared_lib.learning, "get_context", lambda kind: forking_context())  # As spawned, and sooner.
+    first_stdout, first = run_tiny(out, monkeypatch, capsys)
     kept = {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")}
-    second_stdout, second = run_tiny(out)
+    second_stdout, second = run_tiny(out, monkeypatch, capsys)
     assert "learning all authors" in first_stdout
     assert "learning all authors" not in second_stdout
     assert "reference: computed, and kept in " in " ".join(first_stdout.split())
@@ -44,40 +52,46 @@ def test_a_second_run_begins_with_the_unlearning_and_finds_the_same(tmp_path: Pa
     assert "does not know its answers" in " ".join(first_stdout.split())
 
 
-def run_tiny(out: Path) -> tuple[str, dict[str, Any]]:
-    process = start(*TINY, "--out", str(out))
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    return stdout, json.loads((out / "quickstart.json").read_text())
+def run_tiny(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[str, dict[str, Any]]:
+    """Run it here, where the slow imports have been made; the models learn in processes of their own all the same."""
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *TINY, "--out", str(out)])
+    quickstart.main()
+    return capsys.readouterr().out, json.loads((out / "quickstart.json").read_text())
 
 
 def check_numbers(numbers: dict[str, Any]) -> None:
     assert numbers["command"][1:3] == ["--authors", "4"]
     assert numbers["settings"]["steps"] == 6
     assert numbers["rows"] == {"forget": 40, "retain": 20, "untouched": 20}
-    assert len(numbers["traces"]["BLUR"]["steps"]) == 6
+    assert set(numbers["traces"]) == {quickstart.ASCENT, *quickstart.METHODS}
+    for name in quickstart.METHODS:
+        assert len(numbers["traces"][name]["steps"]) == 6
+    assert "metric_cosine" in numbers["traces"][quickstart.IN_METRIC]["steps"][0]
     assert [point[0] for point in numbers["traces"]["BLUR"]["path"]] == [0, 5, 6]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send to another process")
 def test_ctrl_c_while_learning_leaves_nothing_half_written(tmp_path: Path) -> None:
     models = tmp_path / "models"
-    process = start("--out", str(tmp_path))
+    script = start(tmp_path / "printed", "--out", str(tmp_path))
+    (process,) = script.processes
     deadline = time.monotonic() + 120
     while not (models.is_dir() and list(models.iterdir())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert stderr.strip() == "Interrupted. Finished models are kept; nothing is left half-written."
+    assert process.exitcode is None, script.printed()
+    os.kill(process.pid, signal.SIGINT)
+    assert script.wait(120) == [130]
+    said = "Interrupted. Finished models are kept; nothing is left half-written."
+    assert script.printed().splitlines()[-1] == said, script.printed()
     assert list(models.iterdir()) == []
 
 
 def test_a_missing_file_ends_in_one_line(tmp_path: Path) -> None:
-    process = start("--data", "nowhere/rows.json", "--out", str(tmp_path / "out"))
-    stdout, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stdout) == (2, "")
-    assert stderr == "Error: --data: there is no file or folder nowhere/rows.json.\n"
+    script = start(tmp_path / "printed", "--data", "nowhere/rows.json", "--out", str(tmp_path / "out"))
+    assert script.wait(120) == [2]
+    assert script.printed() == "Error: --data: there is no file or folder nowhere/rows.json.\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -102,8 +116,8 @@ def test_an_invalid_option_is_explained(arguments: list[str], message: str, caps
 
 def test_learning_rates_depend_on_the_start() -> None:
     small, given = parse_options([]), parse_options(["--model", "some/model"])
-    assert (small.lr, small.learning_lr) == (3e-4, 3e-3)
-    assert given.lr < small.lr
+    assert (small.lr, small.learning_lr) == (None, 3e-3)  # Each method has its own.
+    assert given.lr < min(method["lr"] for method in quickstart.METHODS.values())
     assert given.learning_lr < small.learning_lr
     assert parse_options(["--lr", "1"]).lr == 1.0
 

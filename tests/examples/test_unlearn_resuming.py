@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import unlearn
+from forking import Script
 from knowing import know
 from safetensors.torch import load_file
 from shared_lib.errors import InputError
@@ -25,17 +26,6 @@ UNLEARN = Path(unlearn.__file__)
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("unlearn"))
-
-
-def start(launcher: list[str], *rest: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(UNLEARN), *rest],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
 
 
 def assert_same_weights(one: Path, other: Path, **tolerance: float) -> None:
@@ -55,16 +45,18 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         pytest.importorskip("peft", reason="peft is not installed")
         more += ["--lora", "4", "--lora-dropout", "0.1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start([], *arguments(home, killed, *more))
+    script = Script(UNLEARN, arguments(home, killed, *more), tmp_path / "printed")
+    (process,) = script.processes
     deadline = time.monotonic() + 300
     while not list(killed.glob("training/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.exitcode is None, script.printed()
         time.sleep(0.02)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=300)
+    os.kill(process.pid, number)
+    (code,) = script.wait()
+    output = script.printed()
     assert not (killed / "results.json").exists(), output
     if number == signal.SIGTERM:
-        assert process.returncode == 130
+        assert code == 130
         assert "The same command goes on from checkpoint-" in output
         assert "Traceback" not in output
     run_here(monkeypatch, home, killed, *more)
@@ -94,11 +86,14 @@ def test_a_run_that_only_has_to_be_scored_is_not_trained_again(
 def test_two_processes_take_the_steps_of_one(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Under --cpu accelerate starts several processes with MPI only. This is its launcher for GPUs.
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(UNLEARN)]
     out, alone = tmp_path / "two", tmp_path / "one"
-    process = start(launcher, *arguments(home, out, "--epochs", "2"))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    command = [sys.executable, *launcher, *arguments(home, out, "--epochs", "2")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False}
+    done = subprocess.run(command, env=environment, timeout=300, **merged)
+    output = done.stdout
+    assert done.returncode == 0, output
     assert output.count("8 rows (8 question)") == output.count("Model: ") == 1
     run_here(monkeypatch, home, alone, "--epochs", "2", "--accumulation", "2")
     # Sums in another order, twice through AdamW.

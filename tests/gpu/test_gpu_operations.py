@@ -22,11 +22,21 @@ from cases import (
 from test_backends import assert_dots_close
 from torch import Tensor
 
-from blur_optim.kernels import reference
+from blur_optim.kernels import foreach, reference
+from blur_optim.kernels.blocks import empty_compressed
 
 A, B = -1.3, 0.7
 gradients = pytest.mark.parametrize(("dtype", "stash"), GRADIENTS, ids=str)
-shapes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+#: Large and long lists in three kinds, for the reference on them takes seconds; the others in every one.
+SLOW_KINDS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.int8)]
+kinds_and_shapes = pytest.mark.parametrize(
+    ("dtype", "stash", "shapes"),
+    [
+        pytest.param(*kind, shapes, id=f"{kind[0]}-{kind[1]}-{name}")
+        for name, shapes in SHAPES.items()
+        for kind in (SLOW_KINDS if name in ("large", "10000 tensors") else GRADIENTS)
+    ],
+)
 
 
 def coefficients(device: torch.device, *rows: tuple[float, float]) -> Tensor:
@@ -40,8 +50,7 @@ def without_one(forget: list[Tensor], scales: list[Tensor]) -> None:
 
 
 @backends
-@gradients
-@shapes
+@kinds_and_shapes
 def test_dots(backend: str, dtype: torch.dtype, stash: torch.dtype, shapes: list[Any], device: torch.device) -> None:
     forget, scales = stashed(make(shapes, dtype, 0, device), stash)
     retain, rows = make(shapes, dtype, 1, device), [0] * len(shapes)
@@ -56,8 +65,7 @@ def test_dots(backend: str, dtype: torch.dtype, stash: torch.dtype, shapes: list
 
 
 @backends
-@gradients
-@shapes
+@kinds_and_shapes
 def test_blend(backend: str, dtype: torch.dtype, stash: torch.dtype, shapes: list[Any], device: torch.device) -> None:
     forget, scales = stashed(make(shapes, dtype, 0, device), stash)
     retain = make(shapes, dtype, 1, device)
@@ -71,6 +79,26 @@ def test_blend(backend: str, dtype: torch.dtype, stash: torch.dtype, shapes: lis
     subnormal = 2**-25 if dtype is torch.float16 else 0.0  # Half of the smallest number of float16.
     for actual, (af, br) in zip(retain, terms, strict=True):
         assert ((actual.double() - (af + br)).abs() <= tolerance * (af.abs() + br.abs()) + subnormal).all()
+
+
+COMPRESSED = [(dtype, stash) for dtype, stash in GRADIENTS if stash is not dtype]
+
+
+@backends
+@pytest.mark.parametrize(("dtype", "stash"), COMPRESSED, ids=str)
+def test_compress(backend: str, dtype: torch.dtype, stash: torch.dtype, device: torch.device) -> None:
+    """The bits of PyTorch on the CPU, for what is not finite, zeros and denormals too."""
+    sizes = [*SHAPES["odd and empty"], *SHAPES["around chunks"], (700,), (300,), (2,)]
+    grads = make(sizes, dtype, 3, torch.device("cpu"))
+    grads[-3][300], grads[-2][7] = float("nan"), -float("inf")
+    grads[-1][:] = torch.tensor([190.0, -190.0]).double().mul(2.0**-149).to(dtype)
+    expected = empty_compressed(grads, stash)
+    foreach.multi_tensor_compress_(*expected, grads)
+    there = [g.to(device) for g in grads]
+    actual = empty_compressed(there, stash)
+    kernels(backend).multi_tensor_compress_(*actual, there)
+    for mine, theirs in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @backends

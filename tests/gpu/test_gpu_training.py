@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,9 @@ bases = pytest.mark.parametrize(("base", "options"), BASES.values(), ids=BASES)
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
     """Inside, an operation that makes the host wait for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # The first call says that it is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -38,7 +41,9 @@ def no_waiting() -> Iterator[None]:
 @backends
 @bases
 @pytest.mark.parametrize("way", ["closures", "phases"])
-@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 0.5}, {"scope": "parameter"}, {"stash": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"max_grad_norm": 0.5}, {"scope": "parameter"}, {"stash": "int8"}, {"metric": "retain"}], ids=str
+)
 def test_a_step_never_waits_for_the_device(
     backend: str, base: Any, options: dict[str, Any], way: str, more: dict[str, Any], device: torch.device
 ) -> None:
@@ -65,7 +70,12 @@ def test_a_step_never_waits_for_the_device(
             step()
 
 
+#: Of torch, where a parameter was used on one stream first and on another then: a wait, and no wrong number.
+other_streams = pytest.mark.filterwarnings("ignore:.*AccumulateGrad node's stream:UserWarning")
+
+
 @cuda_only
+@other_streams
 @backends
 def test_a_step_on_another_stream(backend: str, device: torch.device) -> None:
     found = []
@@ -149,6 +159,7 @@ def test_recompute_draws_the_same_dropout_under_autocast(
 
 
 @cuda_only
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # Which would be faster, and less exact.
 @backends
 @pytest.mark.parametrize("what", ["model", "step"])
 def test_torch_compile(backend: str, what: str, device: torch.device) -> None:
@@ -228,6 +239,8 @@ def test_a_stash_on_the_cpu_is_copied_beside_the_retain_pass(device: torch.devic
         step()
         torch.cuda.synchronize()
     events = [e for e in trace.events() if e.device_type.name == "CUDA"]
+    if not events:
+        pytest.skip("the profiler sees nothing of the device: CUPTI may not be allowed here")
     copies = [e.time_range for e in events if "Memcpy DtoH" in e.name and e.time_range.elapsed_us() > 20]
     kernels = [e.time_range for e in events if "Memcpy" not in e.name and "Memset" not in e.name]
     assert copies, sorted({e.name for e in events})
@@ -236,6 +249,8 @@ def test_a_stash_on_the_cpu_is_copied_beside_the_retain_pass(device: torch.devic
 
 
 @cuda_only
+@other_streams
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # Of what is refused before anything runs.
 @pytest.mark.parametrize("name", ["native", "triton"])
 @bases
 def test_a_captured_step_equals_eager_or_is_refused_in_words(
@@ -268,7 +283,7 @@ def test_a_captured_step_equals_eager_or_is_refused_in_words(
         refused = str(error)
     if refused is not None:
         # In the library's words, not CUDA's: "operation not permitted when stream is capturing" helps nobody.
-        assert re.search(r"CUDA graph.*BLUR|BLUR.*CUDA graph", refused, re.DOTALL), refused
+        assert re.match(r"This step cannot be captured in a CUDA graph: ", refused), refused
         return
     for _ in range(20):
         # What lies in pinned memory that a capture has let go of is overwritten.

@@ -1,11 +1,9 @@
-"""Nothing is fetched from a hub; small matrices are no work for several threads."""
+"""Small matrices are no work for several threads."""
 
 import os
 
 import pytest
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,7 @@ FORGET, RETAIN = rows(5, 1), rows(16, 2)
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_trainer(tmp_path):
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch(command, "deepspeed_trainer_script.py", tmp_path)
+    launch("deepspeed_trainer_script.py", tmp_path)
     # Batches go to the processes in turn: two micro-batches of two processes are the four of one.
     expected = tiny_llama()
     statistics = train(expected, tiny_llama(), FORGET, RETAIN, steps=3, accumulate=4, max_norm=0.5)

@@ -1,13 +1,11 @@
 """BLURTrainer and BLURModule in two processes (DDP and FSDP2, gloo)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forking import Script
 from hand_written import train
 from tiny import collate, rows, tiny_llama, tiny_lora
 from trainer_script import accelerate_block
@@ -18,18 +16,9 @@ HERE = Path(__file__).parent
 FORGET, RETAIN = rows(5, 1), rows(16, 2)
 
 
-def launch(command, script, folder, *arguments):
-    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(HERE / script), str(folder), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def launch(script, folder, *arguments):
+    """Run the script in two processes that meet as under a launcher."""
+    Script(HERE / script, [str(folder), *arguments], folder / "printed", processes=2).finish()
 
 
 def assert_trained_as(expected, folder, file="model.pt"):
@@ -43,11 +32,7 @@ def assert_trained_as(expected, folder, file="model.pt"):
 def test_trainer(tmp_path, way):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("peft", reason="peft is not installed")
-    # Under --cpu it starts several processes with MPI only. This is its launcher for GPUs; the script asks for the CPU.
-    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    # Port 0 lets the launcher find a free one.
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch(command, "trainer_script.py", tmp_path, way)
+    launch("trainer_script.py", tmp_path, way)
 
     # Batches go to the processes in turn: two micro-batches of two processes are the four of one.
     expected = tiny_llama()
@@ -73,8 +58,7 @@ def test_trainer(tmp_path, way):
 
 def test_lightning(tmp_path):
     pytest.importorskip("lightning", reason="lightning is not installed")
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch(command, "lightning_ddp_script.py", tmp_path)
+    launch("lightning_ddp_script.py", tmp_path)
     expected = tiny_llama()
     train(expected, None, FORGET, RETAIN, ("ga", "nll"), steps=2, accumulate=4, max_norm=0.5)
     assert_trained_as(expected, tmp_path)

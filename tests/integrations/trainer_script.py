@@ -1,4 +1,4 @@
-"""What two processes run under ``accelerate launch``, for DDP or FSDP2; the first saves what came out."""
+"""What two processes run, for DDP or FSDP2; the first saves what came out."""
 
 import json
 import os

@@ -42,6 +42,13 @@ static void run(const Kernels& k, Dtype p, Dtype g, Dtype stashed, int64_t n, bo
   }
 }
 
+static void compress(const Kernels& k, Dtype g, int64_t n) {
+  Buffer grad(g, n), integers(Dtype::Int8, n), halves(Dtype::BFloat16, n);
+  Buffer scales(Dtype::Float32, (n + kBlockSize - 1) / kBlockSize);
+  k.compress(g, grad.data(), n, integers.data(), static_cast<float*>(scales.data()));
+  if (element_size(g) > 2) k.compress(g, grad.data(), n, halves.data(), nullptr);
+}
+
 static void run(const Kernels& k, Dtype p, Dtype g, int64_t n) {
   for (int present = 1; present < 4; ++present) run(k, p, g, g, n, present & 1, present & 2);
   run(k, p, g, Dtype::Int8, n, true, true);
@@ -50,12 +57,15 @@ static void run(const Kernels& k, Dtype p, Dtype g, int64_t n) {
 
 int main() {
   std::vector<const Kernels*> tables{&kGeneric};
-  if (&kernels() != &kGeneric) tables.push_back(&kernels());
+#ifdef BEST  // Of this processor's tables.
+  tables.push_back(&BEST);
+#endif
   const Dtype all[] = {Dtype::Float32, Dtype::BFloat16, Dtype::Float16, Dtype::Float64};
   for (const Kernels* k : tables)
     for (int64_t n : {1, 15, 63, 64, 65, 255, 257, 1023, 1024, 1025, 2100})
       for (Dtype d : all) {
         run(*k, d, d, n);
+        compress(*k, d, n);
         if (element_size(d) == 2) run(*k, Dtype::Float32, d, n);
       }
   std::printf("done\n");

@@ -17,6 +17,16 @@ KINDS = [
     for stash in (grad, torch.bfloat16, torch.int8)
     if stash == grad or stash.itemsize < grad.itemsize
 ]
+# Each of the types in each of the three places, for backends whose code does not depend on which stand together.
+SOME_KINDS = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.float32, torch.float32, torch.int8),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float16, torch.int8),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16, torch.float16),
+    (torch.float64, torch.float64, torch.bfloat16),
+]
 # Error of an element that is written, relative to what it is made of: a few roundings in float32, one at the end.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # Error of a sum over the product of the norms, or over itself where nothing cancels: a few roundings of each product in
@@ -76,6 +86,17 @@ class MetricCase:
             other.forget = [t.double() for t in self.forget]
         return other
 
+    def to(self, device: torch.device) -> "MetricCase":
+        """The same elsewhere."""
+        other = MetricCase.__new__(MetricCase)
+        for name, value in self.__dict__.items():
+            if isinstance(value, Tensor):
+                value = value.to(device)
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+                value = [t.to(device) for t in value]
+            setattr(other, name, value)
+        return other
+
     def run(
         self, kernels: Any, operation: str, copied: Callable[[list[Tensor]], list[Tensor]], **o: Any
     ) -> list[Tensor]:
@@ -106,7 +127,9 @@ class MetricCase:
 
     def assert_close(self, actual: list[Tensor], operation: str, **options: Any) -> None:
         """Against the reference on float64 copies of everything."""
-        expected = self.wide().run(reference, operation, lambda tensors: [t.clone() for t in tensors], **options)
+        actual = [t.cpu() for t in actual]
+        here = self.to(torch.device("cpu")).wide()
+        expected = here.run(reference, operation, lambda tensors: [t.clone() for t in tensors], **options)
         dtype = self.params[0].dtype
         if operation == "dots":
             assert_dots_close(actual[0], expected[0], DOT_TOLERANCE[dtype])

@@ -29,7 +29,12 @@ SHAPES = [
     pytest.param([(foreach.CHUNK_SIZE - 1,), (foreach.CHUNK_SIZE + 1,)], id="around-a-chunk"),
     pytest.param([(foreach.CPU_SLAB_SIZE + foreach.CHUNK_SIZE + 3,), (64, 33)], id="more-than-a-slab"),
     pytest.param([(9,)] * 300, id="300-tensors"),
-    pytest.param([(3,)] * 10_000, id="10000-tensors"),
+]
+LONG = pytest.param(torch.float32, [(3,)] * 10_000, id="float32-10000-tensors")
+# Each size in float32, and each dtype in sizes that it is cut into pieces by.
+DTYPES_AND_SHAPES = [pytest.param(torch.float32, *p.values, id=f"float32-{p.id}") for p in SHAPES] + [
+    pytest.param(dtype, [(foreach.CHUNK_SIZE - 1,), (0,), (foreach.CPU_SLAB_SIZE + 3,), (7,)], id=f"{dtype}-some")
+    for dtype in (torch.float64, torch.bfloat16, torch.float16)
 ]
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,8 +59,7 @@ def assert_dots_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, roun
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-@pytest.mark.parametrize("dtype", DOT_TOLERANCE, ids=str)
-@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(("dtype", "shapes"), [*DTYPES_AND_SHAPES, LONG])
 def test_dots_match_the_reference(backend, dtype, shapes):
     forget, retain = make(shapes, dtype, seed=0), make(shapes, dtype, seed=1)
     rows = [0] * len(shapes)
@@ -64,8 +68,7 @@ def test_dots_match_the_reference(backend, dtype, shapes):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("dtype", BLEND_TOLERANCE, ids=str)
-@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(("dtype", "shapes"), [*DTYPES_AND_SHAPES, LONG])
 def test_blend_matches_the_equation(backend, dtype, shapes):
     forget, retain = make(shapes, dtype, seed=0), make(shapes, dtype, seed=1)
     a, b = -1.3, 0.7
@@ -148,9 +151,14 @@ def compress(tensors, stash):
     return [t.to(stash) for t in tensors], []
 
 
+READ = [pytest.param(torch.float32, torch.int8, *p.values, id=f"float32-int8-{p.id}") for p in SHAPES] + [
+    pytest.param(dtype, stash, [(257,), (4,), (foreach.CPU_SLAB_SIZE + 259,), (255,)], id=f"{dtype}-{stash}-some")
+    for dtype, stash in COMPRESSED
+]
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize(("dtype", "stash"), COMPRESSED, ids=str)
-@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(("dtype", "stash", "shapes"), READ)
 def test_compressed_forget_gradients_are_read_as_they_are(backend, dtype, stash, shapes):
     forget, scales = compress(make(shapes, dtype, seed=0), stash)
     retain, rows, kernels = make(shapes, dtype, seed=1), [0] * len(shapes), BACKENDS[backend]

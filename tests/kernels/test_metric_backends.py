@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from metric_case import KINDS, OPERATIONS, MetricCase
+from metric_case import KINDS, OPERATIONS, SOME_KINDS, MetricCase
 from torch import Tensor
 
 from blur_optim.kernels import BACKENDS, foreach
@@ -13,6 +13,9 @@ NAMES = [name for name in ("foreach", "native") if not why_not(name, torch.devic
 CHUNK = 32768
 NUMELS = [CHUNK + BLOCK_SIZE + 1, 0, 257, 1, 7, 2 * CHUNK + 5, 16, foreach.CPU_SLAB_SIZE + 33, BLOCK_SIZE - 1]
 SMALL = [35, 7, 300, 6]
+# Around the vectors and the blocks; chunks and slabs do not depend on a dtype.
+MANY = [600, 0, 257, 1, 7, 1029, 16, 255]
+FLOAT = (torch.float32,) * 3
 
 
 def clones(tensors: list[Tensor]) -> list[Tensor]:
@@ -22,11 +25,21 @@ def clones(tensors: list[Tensor]) -> list[Tensor]:
 over_backends = pytest.mark.parametrize("backend", NAMES)
 
 
-@over_backends
-@pytest.mark.parametrize("dtypes", KINDS, ids=str)
+# The compiled kernels are others for every kind.
+VALUES = [(name, kind) for name in NAMES for kind in (KINDS if name == "native" else SOME_KINDS)]
+
+
+@pytest.mark.parametrize(("backend", "dtypes"), VALUES, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_values(backend, dtypes, operation):
-    case = MetricCase(dtypes, NUMELS)
+    case = MetricCase(dtypes, MANY)
+    case.assert_close(case.run(BACKENDS[backend], operation, clones), operation)
+
+
+@over_backends
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_values_beyond_a_chunk(backend, operation):
+    case = MetricCase((torch.float32, torch.bfloat16, torch.int8), NUMELS)
     case.assert_close(case.run(BACKENDS[backend], operation, clones), operation)
 
 
@@ -51,7 +64,7 @@ def test_options(backend, operation, options):
 @over_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_dots_with_amsgrad(backend, dtype):
-    case = MetricCase((dtype,) * 3, NUMELS, amsgrad=True)
+    case = MetricCase((dtype,) * 3, MANY, amsgrad=True)
     case.assert_close(case.run(BACKENDS[backend], "dots", clones), "dots")
 
 

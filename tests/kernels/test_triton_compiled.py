@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from blur_optim.kernels import triton as backend
+from blur_optim.kernels.triton import launch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -65,6 +66,42 @@ def sgd(dtype, grad_dtype, stash=None):
     )  # fmt: skip
 
 
+METRIC = torch.tensor([[0.9, 0.1, 1.5, 0.01, 1e-8]], dtype=F64)
+
+
+def metric_dots(dtype, grad_dtype, stash=None):
+    v = [torch.ones(8, dtype=dtype)]
+    backend.multi_tensor_metric_dots(*gradients(grad_dtype, stash), v, [], [0], 1, METRIC, SCALES)
+
+
+def metric_blend(dtype, stash=None):
+    lists = *reversed(gradients(dtype, stash)), [torch.ones(8, dtype=dtype)]
+    backend.multi_tensor_metric_blend_(*lists, COEFFICIENTS, [0], METRIC, torch.zeros(()), SCALES)
+
+
+def metric_adam(dtype, stash=None):
+    state = [[torch.zeros(8, dtype=dtype)] for _ in range(3)]
+    numbers = {"beta1": 0.9, "weight_decay": 0.1, "amsgrad": False, "maximize": False, "decoupled": True}
+    backend.metric_adamw_(
+        *state, [], *gradients(dtype, stash), [0], COEFFICIENTS, torch.ones(1), ONE, METRIC, **numbers,
+        found_inf=torch.zeros(()), scales=SCALES,
+    )  # fmt: skip
+
+
+def metric_sgd(dtype, stash=None):
+    state = [[torch.zeros(8, dtype=dtype)] for _ in range(3)]
+    numbers = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": True, "maximize": False}
+    backend.metric_sgd_(
+        *state, *gradients(dtype, stash), [0], COEFFICIENTS, ONE, METRIC, **numbers,
+        first_step=False, found_inf=torch.zeros(()), scales=SCALES,
+    )  # fmt: skip
+
+
+def compress(dtype, stash):
+    values, grads = gradients(dtype, stash)
+    backend.multi_tensor_compress_(values, SCALES if stash is INT8 else [], grads)
+
+
 class Case(NamedTuple):
     """An operation, and for an element of its main loop: bytes loaded and stored by instructions of each width."""
 
@@ -106,12 +143,26 @@ CASES = {
     ),
     "sgd float32, forget int8": Case("sgd_kernel", lambda: sgd(F32, F32, INT8), {16: 12, 4: 1 + 1}, {16: 8}),
     "dots misaligned float32, forget int8": Case("dots_kernel", lambda: dots(F32, INT8, 1), {4: 4 + 4, 1: 1}, {}),
+    "compress float32 to bfloat16": Case("compress_kernel", lambda: compress(F32, BF16), {16: 4}, {8: 2}),
+    # In the metric.
+    "metric dots float32": Case("metric_dots_kernel", lambda: metric_dots(F32, F32), {16: 12}, {}),
+    "metric dots float32 bfloat16": Case("metric_dots_kernel", lambda: metric_dots(F32, BF16), {16: 4, 8: 4}, {}),
+    "metric dots float32, forget int8": Case(
+        "metric_dots_kernel", lambda: metric_dots(F32, F32, INT8), {16: 8, 4: 1 + 1}, {}
+    ),
+    "metric blend float32": Case("metric_blend_kernel", lambda: metric_blend(F32), {16: 12}, {16: 8}),
+    "metric adamw float32": Case("adam_kernel", lambda: metric_adam(F32), {16: 20}, {16: 12}),
+    "metric adamw float32, forget int8": Case(
+        "adam_kernel", lambda: metric_adam(F32, INT8), {16: 16, 4: 1 + 1}, {16: 12}
+    ),
+    "metric sgd float32": Case("sgd_kernel", lambda: metric_sgd(F32), {16: 20}, {16: 12}),
     # Addresses that are not multiples of 16 must not be accessed as if they were.
     "dots misaligned bfloat16": Case("dots_kernel", lambda: dots(BF16, offset=1), {2: 4}, {}),
     "adamw misaligned float32": Case("adam_kernel", lambda: adam(F32, F32, offset=1), {4: 20}, {4: 12}),
 }
-# They have no main loop over gradients.
+# They have no main loop over gradients, or one in which threads share what they find.
 SMALL = {
+    "compress float32 to int8": Case("compress_kernel", lambda: compress(F32, INT8), {}, {}),
     "sum_rows": Case("sum_rows_kernel", lambda: dots(F32), {}, {}),
     "adam_step_sizes": Case("adam_step_sizes_kernel", lambda: adam(F32, F32), {}, {}),
 }
@@ -148,10 +199,10 @@ def compile_launch(case, arch):
     launches = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            backend, "_run", lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
+            launch, "run", lambda kernel, grid, *args, **constants: launches.append((kernel, args, constants))
         )
         case.operation()
-    kernel, args, constants = next(launch for launch in launches if launch[0].__name__ == case.kernel)
+    kernel, args, constants = next(each for each in launches if each[0].__name__ == case.kernel)
     tensors = dict(zip(kernel.arg_names, args, strict=False))
     # An argument that is None, where there is no metric, is compiled away.
     absent = {name: None for name, t in tensors.items() if t is None}
@@ -161,7 +212,7 @@ def compile_launch(case, arch):
     constants |= absent
     source = triton.compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, attrs)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options=backend._kernels().OPTIONS)
+    compiled = triton.compile(source, target=target, options=launch.device_code().OPTIONS)
     return constants.get("BLOCK_SIZE"), compiled.asm["cubin"]
 
 
@@ -202,11 +253,17 @@ def code(tmp_path_factory):
         yield get
 
 
-both_architectures = pytest.mark.parametrize("arch", [80, 90])
+# Everything for one architecture, and what differs most for the other.
+OLDER = ("dots float32", "dots bfloat16", "dots float32, forget int8", "blend float32", "adamw float32 bfloat16")
+OLDER += ("adamw float64", "sgd float32, forget int8", "metric dots float32", "metric adamw float32, forget int8")
 
 
-@both_architectures
-@pytest.mark.parametrize("name", [*CASES, *SMALL])
+def architectures(*names):
+    cases = [(name, 90) for name in names] + [(name, 80) for name in names if name in OLDER]
+    return pytest.mark.parametrize(("name", "arch"), cases)
+
+
+@architectures(*CASES, *SMALL)
 def test_nothing_spills_and_nothing_depends_on_the_order_of_threads(code, name, arch):
     kernel = code(name, arch)
     assert re.search(r"STACK:0 .*LOCAL:0 ", kernel.usage), kernel.usage
@@ -214,8 +271,7 @@ def test_nothing_spills_and_nothing_depends_on_the_order_of_threads(code, name, 
     assert not [opcode for opcode in kernel.opcodes if opcode.split(".")[0] in forbidden]
 
 
-@both_architectures
-@pytest.mark.parametrize("name", CASES)
+@architectures(*CASES)
 def test_the_main_loop_moves_the_bytes_of_the_operation_in_wide_accesses(code, name, arch):
     kernel, case = code(name, arch), CASES[name]
     loads, stores = (bytes_by_width(kernel.main_loop, opcode) for opcode in ("LDG", "STG"))
@@ -231,17 +287,13 @@ def test_the_main_loop_moves_the_bytes_of_the_operation_in_wide_accesses(code, n
     ]
 
 
-@both_architectures
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dots float32",
-        "dots bfloat16",
-        "blend float32",
-        "blend float32, forget int8",
-        "sgd float32",
-        "sgd float32 bfloat16",
-    ],
+@architectures(
+    "dots float32",
+    "dots bfloat16",
+    "blend float32",
+    "blend float32, forget int8",
+    "sgd float32",
+    "sgd float32 bfloat16",
 )
 def test_products_and_sums_are_rounded_apart(code, name, arch):
     """As in the other backends. (Division and square root, in Adam, are made of fused operations.)"""
@@ -253,8 +305,7 @@ def test_products_and_sums_are_rounded_apart(code, name, arch):
     assert opcodes["FADD"] >= 8
 
 
-@both_architectures
-@pytest.mark.parametrize("name", ["blend bfloat16", "adamw bfloat16"])
+@architectures("blend bfloat16", "adamw bfloat16")
 def test_results_are_rounded_to_nearest(code, name, arch):
     """Which Triton's interpreter does not do for bfloat16, so that no other test sees it."""
     conversions = [opcode for opcode in code(name, arch).opcodes if opcode.startswith("F2F")]
@@ -280,16 +331,22 @@ def test_triton_takes_the_arguments_of_every_launch(code, monkeypatch):
     compiled = []
 
     def warmup(kernel, grid, *args, **constants):
-        compiled.append(kernel.warmup(*args, grid=grid, **constants, **backend._kernels().OPTIONS))
+        compiled.append(kernel.warmup(*args, grid=grid, **constants, **launch.device_code().OPTIONS))
 
-    monkeypatch.setattr(backend, "_run", warmup)
+    monkeypatch.setattr(launch, "run", warmup)
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
     dots(F32)
     blend(BF16, INT8)
     adam(F32, F16)
     sgd(F16, F16)
+    metric_dots(BF16, BF16)
+    metric_blend(F16)
+    metric_adam(F32)
+    compress(F16, INT8)
     metadata = [kernel.metadata for kernel in compiled]
     assert [m.name for m in metadata] == [
-        *("dots_kernel", "sum_rows_kernel", "blend_kernel", "adam_step_sizes_kernel", "adam_kernel", "sgd_kernel")
+        *("dots_kernel", "sum_rows_kernel", "blend_kernel", "adam_step_sizes_kernel", "adam_kernel", "sgd_kernel"),
+        *("metric_dots_kernel", "sum_rows_kernel", "metric_blend_kernel", "adam_step_sizes_kernel", "adam_kernel"),
+        "compress_kernel",
     ]
     assert {(m.num_warps, m.enable_fp_fusion) for m in metadata} == {(THREADS // 32, False)}

@@ -11,7 +11,7 @@ from torch import nn
 
 from blur_optim import BLUR
 
-STEPS, MICRO_BATCHES, RANKS, LR, WEIGHT_DECAY = 3, 2, 2, 1e-2, 0.01
+STEPS, MICRO_BATCHES, RANKS, LR, WEIGHT_DECAY = 2, 2, 2, 1e-2, 0.01
 WIDTH, VOCABULARY = 7, 11
 MICRO = {"forget": MICRO_BATCHES, "retain": MICRO_BATCHES}
 

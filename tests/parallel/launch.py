@@ -9,7 +9,6 @@ tests that are left. Under pytest-xdist the first worker that comes to a file la
 import faulthandler
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -20,18 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from forking import spawn
 
 SECONDS_FOR_A_CELL = 60  # One takes less than 2 on an idle machine.
-# Imported once, by the server that every process is forked from.
-PRELOAD = [
-    "pytest",
-    "torch",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.optim",
-    "torch.distributed.tensor.parallel",
-    "blur_optim",
-]
 
 
 def result_of(item):
@@ -40,16 +30,6 @@ def result_of(item):
     items = [i for i in item.session.items if _ranks(i) == ranks and _launch_of(i) == launch]
     results = _run_once(item.config, launch, ranks, [_cell(i) for i in items])
     return results[_cell(item)[0]]
-
-
-def spawn(world_size, function, *args):
-    """Start ``function(rank, *args)`` on each rank, and return the processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    processes = [context.Process(target=function, args=(rank, *args), daemon=True) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    return processes
 
 
 def join_group(rank, world_size, folder):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forking import spawn
 from helpers import Problem
-from launch import join_group, leave_group, spawn, stop
+from launch import join_group, leave_group, stop
 from network import Losses, by_closures, by_phases, make_network, make_opt, whole
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

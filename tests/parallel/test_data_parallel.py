@@ -191,6 +191,24 @@ def test_a_phase_under_no_sync(step, phase, find_unused_parameters):
     assert_same_on_all_ranks([p.detach() for p in model.parameters()])
 
 
+@steps
+def test_a_wrapper_that_is_made_after_the_first_steps(step):
+    """And another in its place: what was found of wrappers before does not hold then."""
+    network = make_network()
+    opt, whole = make_opt(network.parameters()), Losses(network)
+    for _ in range(2):
+        step(opt, whole)
+    for _ in range(2):
+        model = DistributedDataParallel(network, bucket_cap_mb=1e-4)
+        losses = UnderNoSync(model, dist.get_rank(), 2, parts=2)
+        step(opt, losses)
+        assert_same_on_all_ranks([p.detach() for p in model.parameters()])
+        losses.unreduced = ("retain",)
+        with pytest.raises(RuntimeError, match=r"retain phase must end with its gradients reduced.*no_sync\(\)"):
+            step(opt, losses)
+        model.zero_grad()
+
+
 @pytest.mark.parametrize("as_view", [False, True])
 def test_both_forwards_before_both_backwards(as_view):
     """DDP prepares one backward alone, so the second would leave the gradients of this rank."""

@@ -37,7 +37,7 @@ KINDS = [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (
 #: float16 with a loss scale of 1024: its rounding to 2^-11.
 FLOAT16 = 1e-3
 #: bfloat16: sums over ranks and micro-batches are rounded to 2^-9, and so is the update: of the gradients, and of
-#: parameters, which three steps of AdamW have moved by 3e-2.
+#: parameters, which two steps of AdamW have moved by 2e-2.
 BFLOAT16, BFLOAT16_PARAMS = 2e-3, 5e-4
 
 
@@ -161,7 +161,7 @@ def test_empty_phases(stage, offload):
     engine = make_engine(config(stage, offload=offload))
     opt = make_opt(engine)
     seen = [numbers for step in range(3) for numbers in train(opt, engine, [step], micro[step])]
-    expected, params = on_one_process(micro=micro)
+    expected, params = on_one_process(range(3), micro=micro)
     norms = [abs(a[k] - e[k]) for a, e in zip(seen, expected, strict=True) for k in ("forget_norm", "retain_norm")]
     norms += [float((p.double() - params[name].detach()).abs().max()) for name, p in masters(engine).items()]
     assert max(norms) < FLOAT32

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from blur_optim.record import plot as plots
+from blur_optim.record import plot_alignment
 from blur_optim.record.plot_rows import MOST_ROWS, rows_of
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -169,7 +170,7 @@ class TestSteps:
 class TestAlignment:
     def figure(self, file, prefix=""):
         (run,) = plots._read([file]).values()
-        return plots._draw_alignment(plots._figure_class(), "run", run, prefix)
+        return plot_alignment.draw_alignment(plots._figure_class(), "run", run, prefix)
 
     def test_the_metric_has_a_picture_of_its_own(self, tmp_path):
         file = in_metric(tmp_path / "run.jsonl")

@@ -23,7 +23,7 @@ class Equations:
         self.beta1 = options.get("betas", (0.9, 0.999))[0] if base is not SGD else options.get("momentum", 0.0)
         self.beta2 = beta2 if beta2 is not None else options.get("betas", (0.9, 0.999))[1]
         self.m = self.v = self.vmax = 0.0
-        self.mean, self.t = None, 0
+        self.mean, self.t, self.seen = None, 0, 0
 
     def gradients(self):
         losses = self.problem.forget_loss(), self.problem.retain_loss()
@@ -46,17 +46,23 @@ class Equations:
         assert self.rule == "retain_first"
         return s * gamma, alpha - gamma * rf / rr
 
+    def see(self, r):
+        """v, v-hat and the mean that damps, of a retain gradient that is seen, whether a step follows or not."""
+        self.seen += 1
+        self.v = self.beta2 * self.v + (1 - self.beta2) * r.square()
+        second = self.v
+        if self.options.get("amsgrad"):
+            self.vmax = second = torch.maximum(torch.as_tensor(self.vmax), self.v)
+        corrected = second / (1 - self.beta2**self.seen)
+        mean = corrected.mean() if self.mean is None else self.mean
+        self.mean = corrected.mean()
+        return corrected, mean
+
     def step(self):
         f, r = self.gradients()
         self.t += 1
         o = self.options
-        self.v = self.beta2 * self.v + (1 - self.beta2) * r.square()
-        second = self.v
-        if o.get("amsgrad"):
-            self.vmax = second = torch.maximum(torch.as_tensor(self.vmax), self.v)
-        corrected = second / (1 - self.beta2**self.t)
-        mean = corrected.mean() if self.mean is None else self.mean
-        self.mean = corrected.mean()
+        corrected, mean = self.see(r)
         p = 1 / ((corrected + DAMPING * mean).sqrt() + EPS)
         a, b = self.coefficients(f, r, p)
         self.u, self.p, self.f = a * f + b * r, p, f

@@ -11,7 +11,7 @@ from blur_optim import BLUR
 from blur_optim.kernels import native
 from blur_optim.parallel.ranks import Ranks
 from blur_optim.step.fused import FusedStep
-from blur_optim.step.gradients import PairedGradients, Pairs
+from blur_optim.step.pairs import PairedGradients, Pairs
 from blur_optim.step.plan import Rows
 
 pytestmark = pytest.mark.skipif(

@@ -87,6 +87,28 @@ def strided(model, opt):
     model.first.weight.data = model.first.weight.data.t().contiguous().t()
 
 
+def data_elsewhere(model, opt):
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def other_data(model, opt):
+    model.first.weight.data = model.first.weight.data * 2
+
+
+def data_in_double(model, opt):
+    for p in model.parameters():
+        p.data = p.data.double()
+    for state in opt.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name].data = state[name].data.double()
+
+
+def strided_data_of_a_moment(model, opt):
+    moment = opt.state[model.first.weight]["exp_avg"]
+    moment.data = moment.data.t().contiguous().t()
+
+
 def load_state(model, opt):
     other_model, other = made()
     step(other_model, other)
@@ -161,6 +183,10 @@ CHANGES = [
     to_double,
     channels_last,
     strided,
+    data_elsewhere,
+    other_data,
+    data_in_double,
+    strided_data_of_a_moment,
     load_state,
     replace_a_moment,
     reorder_a_moment,
@@ -196,6 +222,44 @@ def test_whatever_changes_is_seen_by_the_next_step(change):
         for name, value in opt.state.get(p, {}).items():
             assert torch.equal(value, base_of.state[q][name]), name
         assert p.dtype == q.dtype
+
+
+@pytest.fixture
+def same_parameters_on_every_device():
+    """Have ``model.to(device)`` keep the parameters' objects, as it does between a CPU and a GPU, on "meta" too."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("same_parameters_on_every_device")
+@pytest.mark.parametrize("metric", ["euclidean", "retain"])
+def test_a_model_that_moves_to_another_device_and_back(metric):
+    """The other, "meta", has no numbers: what is seen is that a step is taken there, on all that has moved."""
+    (model, opt), (twin, stayed) = (made(fused=True, backend=None, metric=metric) for _ in range(2))
+    for _ in range(2):
+        step(model, opt)
+        step(twin, stayed)
+    params = list(model.parameters())
+    values, state = [p.detach().clone() for p in params], copy.deepcopy(opt.state_dict())
+    model.to("meta")
+    assert all(p is q for p, q in zip(model.parameters(), params, strict=True))
+    opt.load_state_dict(opt.state_dict())  # Which moves the state to where the parameters are.
+    x = torch.ones(6, 4, 5, device="meta")
+    opt.step(lambda: model(x).square().mean(), lambda: (model(x) - 1).square().mean())
+    seen = [opt.statistics.update_norm, *(value for s in opt.state.values() for value in s.values())]
+    assert {t.device.type for t in [*seen, *params]} == {"meta"}
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p, value in zip(params, values, strict=True):
+            p.copy_(value)
+    opt.load_state_dict(state)
+    opt._two_phase.skipped = torch.zeros((), dtype=torch.int64)  # The count cannot come back from "meta".
+    for _ in range(2):
+        step(model, opt)
+        step(twin, stayed)
+    assert_params_close(model.parameters(), twin.parameters(), rtol=0, atol=0)
+    assert opt.statistics.update_norm == stayed.statistics.update_norm
 
 
 def test_weights_that_are_tensors_are_read_anew_each_step():

@@ -22,7 +22,7 @@ from torch.optim import SGD, AdamW
 
 from blur_optim import BLUR
 from blur_optim.kernels.blocks import BLOCK_SIZE
-from blur_optim.step import gradients
+from blur_optim.step import pairs as paired
 from blur_optim.step.stash import STASHES, BFloat16Stash, HostStash, Int8Stash, Stash, Stashed
 
 COMPRESSED = ["bfloat16", "int8"]
@@ -300,10 +300,10 @@ def test_compressed_gradients_reach_the_fused_update_as_they_are(monkeypatch):
 
 def test_pieces_come_back_by_size(monkeypatch):
     """Runs the pieces of HostStash on the CPU: a pair counts as away while its forget gradient is on 'meta'."""
-    monkeypatch.setattr(gradients, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(paired, "PIECE_BYTES", 1000)
     sizes = (100, 100, 100, 1000, 10, 10)
     forget, retain = [torch.empty(n, device="meta") for n in sizes], [torch.empty(n) for n in sizes]
-    pairs = gradients.Pairs(retain, forget, retain, [0] * 6, list(range(6)), [0] * 6)
+    pairs = paired.Pairs(retain, forget, retain, [0] * 6, list(range(6)), [0] * 6)
     sizes = []
     move = torch.Tensor.to
 
@@ -312,7 +312,7 @@ def test_pieces_come_back_by_size(monkeypatch):
         return torch.zeros(t.shape) if t.is_meta else move(t, device)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    for piece in gradients._pieces(pairs):
+    for piece in paired._pieces(pairs):
         assert all(f.device.type == "cpu" for f in piece.forget)
         sizes.append([f.numel() for f in piece.forget])
     assert [n for size in sizes for n in size] == [100, 100, 100, 1000, 10, 10]

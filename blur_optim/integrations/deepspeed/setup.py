@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 
-from blur_optim.integrations.deepspeed.gradients import (
-    Bfloat16Zero1Gradients,
-    EngineGradients,
-    UnshardedGradients,
-    Zero3Gradients,
-    Zero3OffloadGradients,
-    Zero12Gradients,
-    Zero12OffloadGradients,
-)
+from blur_optim.integrations.deepspeed.gradients import Bfloat16Zero1Gradients, EngineGradients, UnshardedGradients
+from blur_optim.integrations.deepspeed.zero3 import Zero3Gradients, Zero3OffloadGradients
+from blur_optim.integrations.deepspeed.zero12 import Zero12Gradients, Zero12OffloadGradients
 
 #: The oldest version of DeepSpeed that all of this was run with.
 OLDEST = "0.19.8"

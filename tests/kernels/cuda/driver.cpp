@@ -185,6 +185,13 @@ std::vector<char> run(bool amsgrad) {
   error |= synchronize();
   error |= blur_optim_cuda_metric_blend(in_metric.data(), count, with_metric, nullptr);
   error |= synchronize();
+  if constexpr (std::is_same_v<F, int8_t> || (std::is_same_v<F, __nv_bfloat16> && sizeof(G) > 2)) {
+    std::vector<Pair> compressed;  // At last: the forget gradients are written anew.
+    for (auto& x : items)
+      if (x.pair.forget && x.pair.retain) compressed.push_back(x.pair);
+    error |= blur_optim_cuda_compress(compressed.data(), int64_t(compressed.size()), nullptr);
+    error |= synchronize();
+  }
   const std::vector<double> sums = dots.read(), metric_sums = metric_dots.read();
   for (int64_t row = 0; row < 2; ++row) {
     double norm = 0;
@@ -199,6 +206,7 @@ std::vector<char> run(bool amsgrad) {
   append(bytes, metric_dots);
   for (auto& x : items) {
     append(bytes, x.forget);
+    append(bytes, x.scales);
     append(bytes, x.retain);
     for (Array<P>* array : {&x.param, &x.first, &x.second, &x.third}) append(bytes, *array);
   }

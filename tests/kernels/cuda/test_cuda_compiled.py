@@ -3,6 +3,7 @@
 Static evidence only: nothing here runs on a GPU, unless there is one.
 """
 
+import os
 import re
 import runpy
 import subprocess
@@ -16,7 +17,8 @@ from cuda_toolchain import CSRC, HERE, built, disassembler, linked, program, run
 
 from blur_optim.kernels import native
 
-ARCHITECTURES = [80, 90, 100]
+#: The suite compiles for the one that matters most; before a release it is "80 90 100": most of the time is nvcc's.
+ARCHITECTURES = os.environ.get("BLUR_OPTIM_TEST_CUDA_ARCHITECTURES", "90").split()
 SIZES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2, "signed char": 1}
 # Tensors of the parameters' dtype that are read and written; each of these kernels also reads the two gradients.
 STATE = {
@@ -129,7 +131,9 @@ def objects(setup: dict[str, Any], build_folder: Path) -> Path:
 
     def build(path: Path) -> None:
         path.with_name("nvcc").mkdir(exist_ok=True)
-        path.write_text(setup["compile_cuda"](str(path.with_name("nvcc")))[1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("BLUR_OPTIM_CUDA_ARCHITECTURES", " ".join(ARCHITECTURES))
+            path.write_text(setup["compile_cuda"](str(path.with_name("nvcc")))[1])
 
     return built(build_folder / "runtime", build).with_name("nvcc")
 
@@ -137,8 +141,6 @@ def objects(setup: dict[str, Any], build_folder: Path) -> Path:
 @pytest.fixture(scope="session", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
 def cubins(request: pytest.FixtureRequest, objects: Path) -> list[Path]:
     architecture = f"sm_{request.param}"
-    if f"compute_{request.param}" not in run(program("nvcc"), "--list-gpu-arch").split():
-        pytest.skip(f"needs an nvcc that knows {architecture}")
     cuobjdump = disassembler("cuobjdump")
 
     def build(path: Path) -> None:

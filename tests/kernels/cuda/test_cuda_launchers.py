@@ -3,6 +3,7 @@
 On the emulator, and so without a GPU: a field that is not where the library looks for it would change every result.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 from gpu.launchers import Launchers
+from kernel_metric_operations import adamw_, blend_, dots_error, sgd_
 from kernel_operations import Problem, adamw_error, blend_error, dot_error, sgd_error
+
+from blur_optim.kernels import foreach
+from blur_optim.kernels.blocks import quantize
 
 
 class Sgd:
@@ -42,3 +47,21 @@ def test_every_operation_is_right(dtype, emulated, build_folder):
     launchers.adamw()
     launchers.sgd()
     assert all((p != b).any() for p, b in zip(problem.params, before, strict=True))
+    assert dots_error(problem, launchers.metric_dots) < 1e-6
+    for take, launch in (
+        (adamw_, launchers.metric_adamw),
+        (sgd_, launchers.metric_sgd),
+        (blend_, launchers.metric_blend),
+    ):
+        twin = copy.deepcopy(problem)
+        take(twin, foreach)
+        launch()
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(problem.state(name), twin.state(name), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(problem.params, twin.params, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(problem.retain, twin.retain, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    launchers.compress()
+    for values, scales, grad in zip(*launchers.compressed, problem.retain, strict=True):
+        wanted, wanted_scales = quantize(grad)
+        assert torch.equal(values, wanted)
+        assert torch.equal(scales, wanted_scales)

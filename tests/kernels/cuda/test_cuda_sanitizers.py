@@ -11,9 +11,9 @@ from cuda_toolchain import CSRC, HERE, built, emulated_object, linked, program
 # Small, for a sanitizer that spends a millisecond per CUDA thread; but two warps, for barriers to matter.
 SMALL = ["-DBLUR_OPTIM_CUDA_BLOCK=64", "-DBLUR_OPTIM_CUDA_CHUNK=1024"]
 FLAGS = {
-    "plain": ["-O1"],
-    "thread": ["-O1", "-g1", "-fsanitize=thread"],
     # Without optimisation: it takes longer to compile than to run.
+    "plain": ["-O0"],
+    "thread": ["-O0", "-g1", "-fsanitize=thread"],
     "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 
