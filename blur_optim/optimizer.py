@@ -11,13 +11,14 @@ from torch.optim import AdamW, Optimizer
 
 from blur_optim.kernels import select_backend
 from blur_optim.optimizer_wrapper import OptimizerWrapper
-from blur_optim.parallel.fsdp2 import is_gathered
+from blur_optim.parallel.fsdp2 import refuse_gathered
 from blur_optim.step.base import check_base, make_base, named_apart
 from blur_optim.step.dynamo import OutsideGraphs, outside
 from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults, warn_of_weights
 from blur_optim.step.metric_step import MetricStep
 from blur_optim.step.phases import Phase
 from blur_optim.step.plan import check_weight
+from blur_optim.step.recompute import refuse_phases
 from blur_optim.step.rules import UserRule
 from blur_optim.step.settings import Settings, check_choice
 from blur_optim.step.stash import STASHES
@@ -126,11 +127,7 @@ class BLUR(OptimizerWrapper):
         if metric == "retain":
             warn_of_weights(made)
         params = self._two_phase.plan.params
-        if is_gathered(params):
-            raise ValueError(
-                "`params` must be the sharded parameters, got copies that FSDP has gathered for a forward pass. "
-                "Call reshard() on the model first, or make BLUR before the first forward."
-            )
+        refuse_gathered(params)
         for device in {p.device for p in params}:
             select_backend(backend, device)
 
@@ -176,11 +173,7 @@ class BLUR(OptimizerWrapper):
             RuntimeError: another phase is open, a forget phase waits for its retain phase, ``p.grad`` still holds
                 the last update, or ``stash="recompute"``, which needs closures.
         """
-        if self.stash == "recompute":
-            raise RuntimeError(
-                "`stash` must not be 'recompute' with phases, which cannot be run a second time. Use "
-                "opt.step(forget, retain), or stash='int8'."
-            )
+        refuse_phases(self.stash)
         return OutsideGraphs(self._two_phase.forget_phase(self._settings()))
 
     @outside

@@ -23,7 +23,7 @@ import copy
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from quickstart_lib import figure, table
@@ -59,8 +59,17 @@ ASCENT, WEIGHTED_SUM, PROJECTED, NORMALIZED = "gradient ascent", "weighted sum",
 IN_METRIC = "BLUR, retain metric"
 BATCH_SIZE = 8  # of each kind, in one step
 STEPS_BETWEEN_LOOKS = 5
-ROWS_TO_LOOK_AT = 80
+ROWS_TO_LOOK_AT = 40  # of those to keep, and of those left untouched
 REFERENCE_FILE = "reference.safetensors"  # beside the model that computed it
+
+
+class Kinds(NamedTuple):
+    """The encoded rows of each kind."""
+
+    forget: list[Example]
+    retain: list[Example]
+    untouched: list[Example]
+
 
 Optimizers = dict[str, torch.optim.Optimizer]
 Models = dict[str, Model]
@@ -72,7 +81,7 @@ Models = dict[str, Model]
 METHODS: dict[str, dict[str, Any]] = {
     # forget + 10 * retain. AdamW does not feel a common scale, so only the ratio counts.
     WEIGHTED_SUM: {"rule": "weighted_sum", "gamma": 1.0, "retain_weight": 10.0, "lr": 3e-4},
-    PROJECTED: {"rule": "blur", "gamma": 0.1, "lr": 3e-4},
+    PROJECTED: {"rule": "blur", "gamma": 0.03, "lr": 3e-4},
     NORMALIZED: {"rule": "normalized", "gamma": 0.5, "lr": 3e-4},
     # The forget term's step is gamma * lr in the root mean square, whatever the loss and however weak its gradient.
     IN_METRIC: {"rule": "blur", "metric": "retain", "gamma": 0.5, "lr": 3e-4},
@@ -134,22 +143,21 @@ def look_up_or_compute(before: Model, forget: list[Example], path: Path, progres
 def unlearn(
     before: Model,
     reference: ReferenceLogProbs,
-    forget: list[Example],
-    retain: list[Example],
+    rows: Kinds,
     options: argparse.Namespace,
     progress: Progress,
 ) -> tuple[Models, dict[str, Trace]]:
     """Let every method forget, step by step side by side: the same batches, and a fair comparison of times."""
     models = {name: copy.deepcopy(before) for name in (ASCENT, *METHODS)}
     optimizers = make_optimizers(models, options)
-    epoch = math.ceil(len(forget) / BATCH_SIZE)
+    epoch = math.ceil(len(rows.forget) / BATCH_SIZE)
     warm_ups = [LambdaLR(opt, lambda step: min(1.0, (step + 1) / epoch)) for opt in optimizers.values()]
-    forget_batches = endless_batches(forget, BATCH_SIZE, options.seed, before.device)
-    retain_batches = endless_batches(retain, BATCH_SIZE, options.seed + 1, before.device)
+    forget_batches = endless_batches(rows.forget, BATCH_SIZE, options.seed, before.device)
+    retain_batches = endless_batches(rows.retain, BATCH_SIZE, options.seed + 1, before.device)
     traces = {name: Trace() for name in models}
     bar = progress.add_task("unlearning, all methods", total=options.steps, note="")
     for step in range(options.steps):
-        look(models, forget, retain, traces, step)
+        look(models, rows, traces, step)
         forget_batch, retain_batch = next(forget_batches), next(retain_batches)
         for name, optimizer in optimizers.items():
             with traces[name].timing():
@@ -162,24 +170,19 @@ def unlearn(
         for warm_up in warm_ups:
             warm_up.step()
         progress.advance(bar)
-    look(models, forget, retain, traces, options.steps, is_last=True)
+    look(models, rows, traces, options.steps, is_last=True)
     return models, traces
 
 
-def look(
-    models: Models,
-    forget: list[Example],
-    retain: list[Example],
-    traces: dict[str, Trace],
-    step: int,
-    is_last: bool = False,
-) -> None:
+def look(models: Models, rows: Kinds, traces: dict[str, Trace], step: int, is_last: bool = False) -> None:
     """Every few steps, note how probable the answers are."""
     if step % STEPS_BETWEEN_LOOKS and not is_last:
         return
     for name, model in models.items():
-        kept = mean_probability(model, thin_out(retain, ROWS_TO_LOOK_AT))
-        traces[name].path.append((step, mean_probability(model, forget), kept))
+        kept, untouched = (
+            mean_probability(model, thin_out(of, ROWS_TO_LOOK_AT)) for of in (rows.retain, rows.untouched)
+        )
+        traces[name].path.append((step, mean_probability(model, rows.forget), kept, untouched))
         model.train()
 
 
@@ -216,9 +219,9 @@ def main() -> None:
         folders = learn_models(pupils, options.model, rows, recipe, options.out / "models", progress)
         tokenizer = load_tokenizer(folders["all-authors"])
         before = load_model(folders["all-authors"], options.device)
-        forget, retain = encode_rows(tokenizer, split.forget), encode_rows(tokenizer, split.retain)
-        reference = look_up_or_compute(before, forget, folders["all-authors"] / REFERENCE_FILE, progress)
-        unlearned, traces = unlearn(before, reference, forget, retain, options, progress)
+        encoded = Kinds(*(encode_rows(tokenizer, part) for part in (split.forget, split.retain, split.untouched)))
+        reference = look_up_or_compute(before, encoded.forget, folders["all-authors"] / REFERENCE_FILE, progress)
+        unlearned, traces = unlearn(before, reference, encoded, options, progress)
         yardstick = load_model(folders["without-forgotten"], options.device)
         models = {BEFORE: before, **unlearned, YARDSTICK: yardstick}
         scores = judge(models, tokenizer, split, progress)

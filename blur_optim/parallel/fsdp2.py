@@ -27,13 +27,21 @@ def drop_held_back(params: Iterable[Tensor]) -> None:
             fsdp_param._unsharded_param.grad = None
 
 
-def is_gathered(params: Iterable[Tensor]) -> bool:
-    """Whether some of ``params`` are FSDP2's copies for one forward, which it drops again."""
+def refuse_gathered(params: Iterable[Tensor]) -> None:
+    """Refuse FSDP2's copies for one forward, which it drops again.
+
+    Raises:
+        ValueError: some of ``params`` are such copies.
+    """
     if _COMPOSABLE not in sys.modules:
-        return False
+        return
     ids = {id(p) for p in params}
     copies = (getattr(f, "_unsharded_param", None) for group in _all_groups() for f in group.fsdp_params)
-    return any(id(copy) in ids for copy in copies if copy is not None)
+    if any(id(copy) in ids for copy in copies if copy is not None):
+        raise ValueError(
+            "`params` must be the sharded parameters, got copies that FSDP has gathered for a forward pass. Call "
+            "reshard() on the model first, or make BLUR before the first forward."
+        )
 
 
 def _is_unreduced(fsdp_param: Any) -> bool:

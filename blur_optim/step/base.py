@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,6 +176,19 @@ def step_base(base: Optimizer, found_inf: Tensor | None, amp: dict[str, Tensor |
         amp = {**amp, "found_inf": found_inf if other is None else torch.maximum(found_inf, other.to(found_inf))}
     with lent(base, amp):
         base.step()
+
+
+def check_no_scaler(amp: Mapping[str, Any]) -> None:
+    """Refuse closures under a GradScaler.
+
+    Raises:
+        RuntimeError: it has left its mark on the optimizer.
+    """
+    if "grad_scale" in amp:
+        raise RuntimeError(
+            "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in "
+            "`with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
+        )
 
 
 def _refuse_engine(base: object) -> None:

@@ -5,6 +5,7 @@ in both directions.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -81,7 +82,7 @@ class FusedStep:
         if not state.entries:
             state.read(_entries(self.base))
         if any_missing(state.entries["step"]):
-            for index, _ in pairs.by_group():
+            for index, _, _ in pairs.spans():
                 lists: list[list[Tensor]] = [[] for _ in range(6)]
                 cast(Any, self.base)._init_group(self.base.param_groups[index], *lists)
             self._checked = None
@@ -108,19 +109,18 @@ def _adam_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: F
     counts = state.counts("step")
     counts.add_(1 - projection.found_inf if supports_amp_scaling(base) else torch.ones(()))
     steps = counts.read(pairs.device, torch.float32)
-    coefficients = projection.coefficients
-    start = 0
-    for index, mine in pairs.by_group():
-        group, stop = base.param_groups[index], start + len(mine)
+    coefficients, decoupled = projection.coefficients, isinstance(base, AdamW)
+    for index, start, stop in pairs.spans():
+        group, part = base.param_groups[index], partial(_part, start, stop)
         beta1, beta2 = group["betas"]
         kernels.fused_adamw_(
-            _part(params, start, stop),
-            _part(exp_avgs, start, stop),
-            _part(exp_avg_sqs, start, stop),
-            _part(others[0], start, stop) if group["amsgrad"] else [],
-            mine.forget,
-            mine.retain,
-            mine.rows,
+            part(params),
+            part(exp_avgs),
+            part(exp_avg_sqs),
+            part(others[0]) if group["amsgrad"] else [],
+            part(pairs.forget),
+            part(pairs.retain),
+            part(pairs.rows),
             coefficients,
             steps[start:stop],
             step.lr(group, pairs.device),
@@ -130,11 +130,10 @@ def _adam_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: F
             eps=group["eps"],
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
-            decoupled=group.get("decoupled_weight_decay", isinstance(base, AdamW)),
+            decoupled=group.get("decoupled_weight_decay", decoupled),
             found_inf=projection.found_inf,
-            scales=mine.scales,
+            scales=part(pairs.scales),
         )
-        start = stop
 
 
 def _sgd_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: FusedBackend) -> None:
@@ -204,8 +203,8 @@ def _entries(base: Optimizer) -> tuple[str, ...]:
     return _moments(base) if isinstance(base, SGD) else (*_moments(base), "step")
 
 
-def _part(tensors: list[Tensor], start: int, stop: int) -> list[Tensor]:
-    return tensors if start == 0 and stop == len(tensors) else tensors[start:stop]
+def _part(start: int, stop: int, values: list[Any]) -> list[Any]:
+    return values if start == 0 and stop == len(values) else values[start:stop]
 
 
 def has_step_hooks(base: Optimizer) -> bool:

@@ -6,6 +6,7 @@ it. It is the denominator of Adam, in which the forget gradient has no part. See
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -21,6 +22,9 @@ from blur_optim.step.settings import Settings
 #: The param groups' entry with the mean of v-hat, 0-d float64; NaN before the first step. Its presence says that
 #: ``exp_avg_sq`` is the second moment of the retain gradient.
 MEAN = "retain_mean_sq"
+#: The state's entry, 0-d, that counts the retain gradients that v has seen beyond the steps that were taken. By phases
+#: it sees one before the step, which may then not be taken; its bias correction goes by what it has seen.
+AHEAD = "retain_ahead"
 #: The param groups' entry with beta2, where the base has none of its own.
 BETA = "metric_beta"
 #: beta2 for SGD. Between .9 and .999 it makes no difference that could be measured.
@@ -98,6 +102,26 @@ def warn_of_weights(base: Optimizer) -> None:
                 "metric does not carry over. See docs/method.md.",
                 stacklevel=3,
             )
+
+
+def leave_metric(base: Optimizer, loaded_groups: Sequence[Mapping[str, Any]]) -> None:
+    """After a state dict with these groups was loaded into a run without the metric: let go of what is of a run in it.
+
+    Warns:
+        UserWarning: there is something.
+    """
+    if not any(MEAN in group for group in loaded_groups):
+        return
+    for group in base.param_groups:
+        group.pop(MEAN, None)
+    for state in base.state.values():
+        state.pop(AHEAD, None)
+    warnings.warn(
+        "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the retain "
+        "gradient, which may be smaller than that of the update by far, and the first steps larger. Pass "
+        "metric='retain' here too, or lower the rate until it is forgotten.",
+        stacklevel=4,
+    )
 
 
 def check_beta(value: Any) -> None:

@@ -16,17 +16,13 @@ from blur_optim.optimizer_wrapper import supports_amp_scaling
 from blur_optim.parallel.ranks import to_local, to_locals
 from blur_optim.step.base_state import BaseState, Counts
 from blur_optim.step.fitting import which_fit
-from blur_optim.step.metric import DEFAULT_EPS, beta2
+from blur_optim.step.metric import AHEAD, DEFAULT_EPS, beta2
 from blur_optim.step.pairs import Pairs
 from blur_optim.step.plan import any_missing, filled
 from blur_optim.step.stash import real
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Of typing since 3.11.
-
-#: The state's entry, 0-d, that counts the retain gradients that v has seen beyond the steps that were taken. By phases
-#: it sees one before the step, which may then not be taken; its bias correction goes by what it has seen.
-AHEAD = "retain_ahead"
 
 
 @dataclass

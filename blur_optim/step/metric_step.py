@@ -3,7 +3,7 @@
 By closures the dots and one fused update are all. By phases the blend that writes the update into ``p.grad`` advances v
 too, since g_r is gone afterwards, and the step takes v as it is. Such a step may then not be taken (GradScaler finds an
 overflow in the update, zero_grad() abandons it): v has seen that retain gradient all the same. What it has seen is
-counted where it sees it, so that its bias correction is right: :data:`blur_optim.step.metric_pairs.AHEAD`.
+counted where it sees it, so that its bias correction is right: :data:`blur_optim.step.metric.AHEAD`.
 """
 
 import warnings
@@ -21,8 +21,8 @@ from blur_optim.optimizer_wrapper import supports_amp_scaling
 from blur_optim.parallel.ranks import Ranks, to_local
 from blur_optim.step.fused import has_step_hooks
 from blur_optim.step.gradients import take_gradients
-from blur_optim.step.metric import MEAN, check_metric_base, check_metric_stash, mean_of, solve_in_metric
-from blur_optim.step.metric_pairs import AHEAD, MetricPairs, MetricState, init_state
+from blur_optim.step.metric import AHEAD, MEAN, check_metric_base, check_metric_stash, mean_of, solve_in_metric
+from blur_optim.step.metric_pairs import MetricPairs, MetricState, init_state
 from blur_optim.step.metric_update import metric_blend_, metric_update_, take_metric_dots
 from blur_optim.step.pairs import PairedGradients, Pairs
 from blur_optim.step.phases import Phase

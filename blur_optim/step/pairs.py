@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import is_
@@ -56,28 +56,37 @@ class Pairs:
 
     def select(self, indices: Sequence[int]) -> Self:
         """Those at ``indices``."""
-        chosen: dict[str, Any] = {name: [v[i] for i in indices] if v else [] for name, v in self.lists().items()}
-        return replace(self, **chosen)
+        return self._with({name: [v[i] for i in indices] if v else [] for name, v in self.lists().items()})
 
     def part(self, start: int, stop: int) -> Self:
         """Those from ``start`` to ``stop``, all of them without a copy."""
         if start == 0 and stop == len(self):
             return self
-        chosen: dict[str, Any] = {name: values[start:stop] for name, values in self.lists().items()}
-        return replace(self, **chosen)
+        return self._with({name: values[start:stop] for name, values in self.lists().items()})
 
-    def by_group(self) -> Iterator[tuple[int, Self]]:
-        """The index of each param group that has pairs, and its pairs."""
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """The param groups that have pairs: index, first pair, and the one after the last."""
         start = 0
         while start < len(self):
             group = self.groups[start]
             stop = bisect_right(self.groups, group, start)
-            yield group, self.part(start, stop)
+            yield group, start, stop
             start = stop
+
+    def by_group(self) -> Iterator[tuple[int, Self]]:
+        """The index of each param group that has pairs, and its pairs."""
+        return ((group, self.part(start, stop)) for group, start, stop in self.spans())
 
     def lists(self) -> dict[str, list[Any]]:
         """The fields that have an entry for each pair, or are empty."""
         return {name: values for name, values in self.__dict__.items() if isinstance(values, list)}
+
+    def _with(self, lists: dict[str, list[Any]]) -> Self:
+        # As dataclasses.replace, which takes longer than a kernel where there are many param groups.
+        chosen = object.__new__(type(self))
+        chosen.__dict__.update(self.__dict__)
+        chosen.__dict__.update(lists)
+        return chosen
 
 
 @dataclass

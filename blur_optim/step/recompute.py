@@ -103,6 +103,19 @@ def recompute(
     return Recomputed(loss, gradients, projection, replace(projection, b=_nonzero_b(projection)))
 
 
+def refuse_phases(stash: str) -> None:
+    """Refuse to open a phase.
+
+    Raises:
+        RuntimeError: ``stash`` is "recompute".
+    """
+    if stash == "recompute":
+        raise RuntimeError(
+            "`stash` must not be 'recompute' with phases, which cannot be run a second time. Use "
+            "opt.step(forget, retain), or stash='int8'."
+        )
+
+
 class _Measured:
     """The dots of every parameter, taken while its retain gradient is there."""
 

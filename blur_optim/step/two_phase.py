@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from blur_optim.parallel.ranks import Ranks
 from blur_optim.parallel.wrappers import Wrappers
-from blur_optim.step.base import check_differentiable, step_base
+from blur_optim.step.base import check_differentiable, check_no_scaler, step_base
 from blur_optim.step.capture import check_capture, is_capturing
 from blur_optim.step.fused import FusedStep
 from blur_optim.step.gradients import pair_gradients, take_gradients
+from blur_optim.step.metric import leave_metric
 from blur_optim.step.nothing import unreached, why_nothing_moves
 from blur_optim.step.pairs import PairedGradients
 from blur_optim.step.phases import Phase
@@ -76,7 +77,7 @@ class TwoPhaseStep(UnderWay):
         self.drop_zeros()
         with self.abandoning_on_error():
             self.phases.check_closures(self.has_gradients())
-            _check_no_scaler(amp)
+            check_no_scaler(amp)
             self._begin_forget(False, settings, by_phases=False)
             forget_loss = self._evaluate(forget, "forget", self.has_gradients)
             self._end_forget()
@@ -260,17 +261,7 @@ class TwoPhaseStep(UnderWay):
 
     def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         """After the state dict with these groups was loaded."""
-        if any("retain_mean_sq" in group for group in param_groups):
-            for group in self.base.param_groups:
-                group.pop("retain_mean_sq", None)
-            for state in self.base.state.values():
-                state.pop("retain_ahead", None)
-            warnings.warn(
-                "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the "
-                "retain gradient, which may be smaller than that of the update by far, and the first steps larger. "
-                "Pass metric='retain' here too, or lower the rate until it is forgotten.",
-                stacklevel=3,
-            )
+        leave_metric(self.base, param_groups)
 
     def _warn_if_nothing(self, gradients: PairedGradients, projection: Projection) -> None:
         # With many ranks, others may have what this one lacks.
@@ -299,11 +290,3 @@ class TwoPhaseStep(UnderWay):
                 "BLUR. Give it two closures, or compute the gradients in `with opt.forget()` and `with opt.retain()`.",
                 stacklevel=5,
             )
-
-
-def _check_no_scaler(amp: Amp) -> None:
-    if "grad_scale" in amp:
-        raise RuntimeError(
-            "A GradScaler cannot step with closures: it looks for gradients before they run. Scale both losses in "
-            "`with opt.forget()` and `with opt.retain(grad_scale=scaler)`, then call scaler.step(opt)."
-        )

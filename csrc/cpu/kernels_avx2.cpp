@@ -6,7 +6,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")

@@ -6,7 +6,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")

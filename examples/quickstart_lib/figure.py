@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from shared_lib.metrics import Scores
 
 from .results import Results, Trace, replacing
 
@@ -42,18 +43,16 @@ def draw(results: Results, before: str, yardstick: str, path: Path) -> None:
 def _draw_trade_off(axis: Axes, results: Results, before: str, yardstick: str) -> None:
     left, right = _retain_limits(results)
     for name, trace in results.traces.items():
-        _, forget, retain = zip(*trace.path, strict=True)
+        forget, retain = zip(*((p, min(kept)) for _, p, *kept in trace.path), strict=True)
         label = name if retain[-1] > left else f"{name} (goes to {retain[-1]:.2f})"
         axis.plot(retain, forget, ".-", label=label, **_style(name))
         axis.plot(retain[-1:], forget[-1:], "o", color=COLOURS[name], markersize=9, markerfacecolor="none")
     for name, marker in ((before, "s"), (yardstick, "*")):
         scores = results.scores[name]
-        axis.plot(
-            scores["retain"].probability, scores["forget"].probability, marker, color="black", label=name, markersize=11
-        )
+        axis.plot(_kept(scores), scores["forget"].probability, marker, color="black", label=name, markersize=11)
     axis.set(
-        title="Forget against retain, by step\n(circle: the end; better: right, and down to the star)",
-        xlabel="probability of retained answers",
+        title="Forget against keep, by step\n(circle: the end; better: right, and down to the star)",
+        xlabel="probability of what is kept: the lesser of retained and untouched",
         ylabel="probability of answers to forget",
         yscale="log",
         ylim=(_least_forget_probability(results) / 2, 1.5),
@@ -64,10 +63,14 @@ def _draw_trade_off(axis: Axes, results: Results, before: str, yardstick: str) -
 
 def _retain_limits(results: Results) -> tuple[float, float]:
     """Show the methods that retain; gradient ascent may leave the frame."""
-    retained = [point[2] for trace in _with_two_gradients(results.traces).values() for point in trace.path]
-    retained += [kinds["retain"].probability for name, kinds in results.scores.items() if name not in results.traces]
+    retained = [min(kept) for trace in _with_two_gradients(results.traces).values() for _, _, *kept in trace.path]
+    retained += [_kept(kinds) for name, kinds in results.scores.items() if name not in results.traces]
     margin = 0.08 * (max(retained) - min(retained)) + 0.005
     return min(retained) - 3 * margin, max(retained) + margin
+
+
+def _kept(scores: Mapping[str, Scores]) -> float:
+    return min(scores[kind].probability for kind in ("retain", "untouched"))
 
 
 def _least_forget_probability(results: Results) -> float:

@@ -27,12 +27,12 @@ class Trace:
     """One method's way through the unlearning.
 
     steps: the statistics of each step (norms, cosine, ...); empty where the method has one gradient only.
-    path: (step, forget probability, retain probability).
+    path: (step, probability of what is to be forgotten, of what is to be kept, of what is left untouched).
     seconds: of each step.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
-    path: list[tuple[int, float, float]] = field(default_factory=list)
+    path: list[tuple[int, float, float, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     @contextmanager
@@ -46,6 +46,11 @@ class Trace:
     def mean_cosine(self) -> float | None:
         """Return the mean over the steps of cos(g_f, g_r)."""
         return statistics.fmean(step["cosine"] for step in self.steps) if self.steps else None
+
+    def forgotten_while_kept(self, share: float = 0.95) -> float:
+        """Return the least probability of what is to be forgotten, where so much of both other kinds was still kept."""
+        (_, _, *first), *_ = self.path
+        return min(p for _, p, *now in self.path if all(k >= share * k0 for k, k0 in zip(now, first, strict=True)))
 
     def time_relative_to(self, other: "Trace") -> float:
         """Return the ratio of the median times per step."""
@@ -82,6 +87,9 @@ class Results:
             "rows": self.rows,
             "training": self.training,
             "scores": {model: {kind: s._asdict() for kind, s in kinds.items()} for model, kinds in self.scores.items()},
+            "forget_probability_while_95_percent_is_kept": {
+                name: trace.forgotten_while_kept() for name, trace in self.traces.items()
+            },
             "mean_cosine": {name: trace.mean_cosine for name, trace in self.traces.items()},
             "time_per_step_relative": {
                 name: trace.time_relative_to(self.traces[baseline]) for name, trace in self.traces.items()

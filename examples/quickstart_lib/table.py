@@ -14,6 +14,7 @@ LONGEST_ANSWER = 200  # A ruined model goes on and on.
 LEGEND = (
     "probability: of the true answer, per token. ROUGE-L: how much of the true answer the model says. truth ratio: "
     "how probable wrong answers are beside the true one, reworded; from 1 on, the model cannot tell them apart. "
+    "95 % kept: the least probability on the way while retained and untouched rows had 95 % of theirs. "
     "cos: of the angle between the two gradients, mean over the steps. time: of a step, over the weighted sum's. "
     "retain metric: the step that costs the retain loss least, docs/method.md. "
     "The goal is the last column, the model that never saw the forgotten authors."
@@ -107,6 +108,8 @@ def _add_kind(table: Table, results: Results, kind: str) -> None:
     table.add_row(" probability", *(f"{s.probability:.2f}" for s in columns))
     table.add_row(" ROUGE-L", *(f"{s.rouge_l:.2f}" for s in columns))
     if kind == "forget":
+        traces = [results.traces.get(name) for name in results.scores]
+        table.add_row(" 95 % kept", *("-" if t is None else f"{t.forgotten_while_kept():.2f}" for t in traces))
         table.add_row(" truth ratio", *("-" if s.truth_ratio is None else f"{s.truth_ratio:.2f}" for s in columns))
 
 

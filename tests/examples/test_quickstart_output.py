@@ -18,7 +18,9 @@ STEP = {"cosine": -0.25, "forget_norm": 10.0, "retain_norm": 0.5}
 
 def trace(seconds: float, has_two_gradients: bool = True) -> Trace:
     steps = [STEP, STEP] if has_two_gradients else []
-    return Trace(steps, path=[(0, 0.99, 0.99), (2, 0.01, 0.9)], seconds=[seconds, 9.0, seconds])
+    return Trace(
+        steps, path=[(0, 0.99, 0.99, 0.98), (1, 0.3, 0.98, 0.97), (2, 0.01, 0.9, 0.95)], seconds=[seconds, 9.0, seconds]
+    )
 
 
 @pytest.fixture
@@ -59,6 +61,12 @@ def test_table_holds_the_numbers(results: Results) -> None:
     text = "\n".join(printed(results, 100))
     for expected in (r"truth ratio", "0.01", "1.50", "-0.25", "2.00x", "1.00x", "40 rows to forget", "forget 0.012"):
         assert expected in text
+
+
+def test_what_is_forgotten_while_the_rest_is_kept(results: Results) -> None:
+    row = next(line for line in printed(results, 100) if line.startswith(" 95 % kept"))
+    assert row.split()[3:] == ["-", *["0.30"] * 5, "-"]
+    assert results.traces["BLUR"].forgotten_while_kept(0.5) == 0.01
 
 
 def test_a_model_that_does_not_know_its_answers_is_told_of(results: Results) -> None:

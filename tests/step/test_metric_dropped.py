@@ -17,7 +17,7 @@ from helpers import (
 from metric_equations import Equations, make
 from torch.optim import SGD, AdamW
 
-from blur_optim.step.metric_pairs import AHEAD
+from blur_optim.step.metric import AHEAD
 
 
 # By which a step is not taken after its retain phase.
