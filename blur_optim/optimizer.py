@@ -13,8 +13,17 @@ from blur_optim.kernels import select_backend
 from blur_optim.optimizer_wrapper import OptimizerWrapper
 from blur_optim.parallel.fsdp2 import refuse_gathered
 from blur_optim.step.base import check_base, make_base, named_apart
+from blur_optim.step.base_state import apart
 from blur_optim.step.dynamo import OutsideGraphs, outside
-from blur_optim.step.metric import BETA, MEAN, check_beta, check_metric_stash, metric_defaults, warn_of_weights
+from blur_optim.step.metric import (
+    BETA,
+    MEAN,
+    check_beta,
+    check_metric_base,
+    check_metric_stash,
+    metric_defaults,
+    warn_of_weights,
+)
 from blur_optim.step.metric_step import MetricStep
 from blur_optim.step.phases import Phase
 from blur_optim.step.plan import check_weight
@@ -121,6 +130,9 @@ class BLUR(OptimizerWrapper):
         self._stash = stash
         made = make_base(params, base, base_kwargs)
         check_base(made)
+        if metric == "retain":  # Before anything is written into a base that somebody else made.
+            check_metric_stash(stash)
+            check_metric_base(made)
         own = named_apart(made, {"gamma": gamma, "retain_weight": retain_weight})
         super().__init__(made, {**own, **(metric_defaults(made) if metric == "retain" else {})})
         self._two_phase = self._make_two_phase()
@@ -256,6 +268,11 @@ class BLUR(OptimizerWrapper):
             check_beta(value)
         elif name != MEAN:
             check_weight(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict; the bare base optimizer can load it."""
+        found = super().state_dict()
+        return {**found, "state": apart(found["state"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of BLUR or of the bare base, which leaves ``gamma`` and ``retain_weight`` as they are here.

@@ -22,6 +22,7 @@ class DataParallel:
     def __init__(self) -> None:
         self._wrappers: list[weakref.ref[Any]] | None = None
         self._seen = 0
+        self._params: Iterable[Tensor] = ()
         self._before: list[tuple[Any, list[int]]] = []
 
     def begin(self, params: Iterable[Tensor]) -> None:
@@ -43,9 +44,9 @@ class DataParallel:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return []
         alive = None if self._wrappers is None else [ref() for ref in self._wrappers]
-        if alive is None or None in alive or self._seen != _made:
+        if alive is None or None in alive or self._seen != _made or self._params is not params:
             _begin_to_count()
-            self._seen = _made
+            self._seen, self._params = _made, params
             ids = {id(p) for p in params}
             alive = [ddp for ddp in instances(DistributedDataParallel) if _reduces(ddp, ids)]
             self._wrappers = [weakref.ref(ddp) for ddp in alive]

@@ -86,6 +86,7 @@ class Counts:
     To add to each and to stack them took more of the host than the rest of a small step. On the CPU, where that is, a
     second step on the same ones moves their values into one vector: the tensors stay the same objects, and only their
     memory is shared. Whoever writes to one of them writes to the vector, and one that was given other memory is seen.
+    :func:`apart` gives each its own again, for a state dict: pickled by itself, each would carry the whole vector.
     On a GPU they stay where they are, since a captured graph may write there.
     """
 
@@ -122,9 +123,23 @@ class Counts:
         if self._vector is not None:
             return self._vector.to(device, dtype, non_blocking=True)
         counts = self._entries
-        if device.type != "cpu" and len(set(map(Tensor.get_device, counts))) > 1:
-            counts = [count.to(device) for count in counts]  # Some groups have loaded the state of an unfused base.
+        if len({count.device for count in counts}) > 1:  # Of an unfused base in some groups, or parameters are apart.
+            counts = [count.to(device) for count in counts]
         return torch.stack(counts).to(device, dtype, non_blocking=True)
+
+
+def apart(state: dict[Any, Any]) -> dict[Any, Any]:
+    """The state of a state dict with each 0-d tensor in memory of its own; the same objects where it is already."""
+    return {key: _apart(entries) if isinstance(entries, dict) else entries for key, entries in state.items()}
+
+
+def _apart(entries: dict[str, Any]) -> dict[str, Any]:
+    shared = {
+        name: value.clone()
+        for name, value in entries.items()
+        if type(value) is Tensor and value.dim() == 0 and value.untyped_storage().nbytes() > value.element_size()
+    }
+    return {**entries, **shared} if shared else entries
 
 
 def _can_be_one(counts: Sequence[Tensor]) -> bool:
@@ -133,4 +148,5 @@ def _can_be_one(counts: Sequence[Tensor]) -> bool:
         == {(Tensor, "cpu", 0, False)}
         and len({count.dtype for count in counts}) == 1
         and len(set(map(id, counts))) == len(counts)  # A state that was put together by hand may share one.
+        and not any(map(Tensor.is_shared, counts))  # Other processes count there too.
     )

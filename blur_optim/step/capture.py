@@ -14,11 +14,6 @@ from blur_optim.step.settings import Settings
 from blur_optim.step.stash import HostStash, Stash
 
 
-def is_capturing() -> bool:
-    """Whether the current stream records a CUDA graph instead of computing."""
-    return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]
-
-
 def check_capture(
     base: Optimizer, params: Sequence[Tensor], stash: Stash, settings: Settings, by_phases: bool, recomputes: bool
 ) -> None:

@@ -17,6 +17,7 @@ from blur_optim.kernels import FusedBackend, select_backend
 from blur_optim.optimizer_wrapper import supports_amp_scaling
 from blur_optim.parallel.ranks import to_locals
 from blur_optim.step.base_state import BaseState
+from blur_optim.step.capturing import is_capturing
 from blur_optim.step.fitting import which_fit
 from blur_optim.step.pairs import PairedGradients, Pairs
 from blur_optim.step.plan import any_missing
@@ -62,7 +63,7 @@ class FusedStep:
     def lr(self, group: dict[str, Any], device: torch.device) -> Tensor:
         """The learning rate of ``group`` as the kernels take it; the last one where it has not changed."""
         lr = group["lr"]
-        if isinstance(lr, Tensor):
+        if isinstance(lr, Tensor) or is_capturing():
             return learning_rate(group, device)
         if (lr, device) not in self._lrs:
             if len(self._lrs) > 2 * len(self.base.param_groups):  # Those of earlier steps of a schedule.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blur_optim.parallel.ranks import Ranks, is_dtensor, to_local
+from blur_optim.step.capturing import is_capturing
 
 Weight = float | Tensor
 
@@ -104,6 +105,8 @@ class Rows:
 
     def weights(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``gammas`` and ``alphas`` as float64 on ``device``, without a copy from the host, which would synchronise."""
+        if is_capturing():
+            return filled(self.gammas, device), filled(self.alphas, device)
         if device not in self._on_device:
             self._on_device[device] = filled(self.gammas, device), filled(self.alphas, device)
         return self._on_device[device]

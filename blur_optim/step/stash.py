@@ -243,7 +243,7 @@ class HostStash(Stash):
 
     def _copy(self, param: Tensor, grad: Tensor) -> Tensor:
         buffer = self._buffers.get(param)
-        if buffer is None or buffer.shape != grad.shape or buffer.dtype != grad.dtype:
+        if buffer is None or _form(buffer) != _form(grad):
             buffer = torch.empty_like(grad, device="cpu", pin_memory=True)
             self._buffers[param] = buffer
         stream = self._streams.setdefault(grad.device, torch.Stream(grad.device))
@@ -252,6 +252,10 @@ class HostStash(Stash):
             buffer.copy_(grad, non_blocking=True)
         grad.record_stream(stream)
         return buffer
+
+
+def _form(t: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+    return t.dtype, t.shape, t.stride()
 
 
 def real(grad: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from blur_optim.parallel.ranks import Ranks
 from blur_optim.parallel.wrappers import Wrappers
 from blur_optim.step.base import check_differentiable, check_no_scaler, step_base
-from blur_optim.step.capture import check_capture, is_capturing
+from blur_optim.step.capture import check_capture
+from blur_optim.step.capturing import is_capturing
 from blur_optim.step.fused import FusedStep
 from blur_optim.step.gradients import pair_gradients, take_gradients
 from blur_optim.step.metric import leave_metric

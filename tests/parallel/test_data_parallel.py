@@ -192,6 +192,20 @@ def test_a_phase_under_no_sync(step, phase, find_unused_parameters):
 
 
 @steps
+def test_a_wrapper_whose_parameters_are_added_later(step):
+    """Two wrappers stand from the beginning, and the parameters of one come in mid-run."""
+    first, second = make_network(), make_network()
+    ours, theirs = (DistributedDataParallel(network, bucket_cap_mb=1e-4) for network in (first, second))
+    opt = make_opt(ours.parameters())
+    step(opt, UnderNoSync(ours, dist.get_rank(), 2, parts=2))
+    opt.add_param_group({"params": list(theirs.parameters())})
+    losses = UnderNoSync(theirs, dist.get_rank(), 2, parts=2)
+    losses.unreduced = ("retain",)
+    with pytest.raises(RuntimeError, match=r"retain phase must end with its gradients reduced.*no_sync\(\)"):
+        step(opt, losses)
+
+
+@steps
 def test_a_wrapper_that_is_made_after_the_first_steps(step):
     """And another in its place: what was found of wrappers before does not hold then."""
     network = make_network()

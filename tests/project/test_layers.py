@@ -58,6 +58,7 @@ LAYERS = [
     "losses",
     "step",
     "step.rules",
+    "step.capturing",
     "step.plan",
     "step.stash",
     "step.pairs",

@@ -112,3 +112,22 @@ def test_skipped_steps_are_counted_in_one_tensor():
     seen = opt.statistics
     opt.step(lambda: problem.forget_loss() * float("nan"), problem.retain_loss)
     assert (seen.skipped, opt.statistics.skipped) == (2, 3)
+
+
+@pytest.mark.skipif(bool(NO_NATIVE), reason=NO_NATIVE)
+def test_a_graph_reads_no_memory_that_a_later_step_may_give_back(capturing):
+    """What steps keep for each other is neither read nor made in a capture: rates and weights are filled anew."""
+    problem, opt = made()
+    fused, rows = opt._two_phase.fused, opt._two_phase.plan._rows
+    kept = [*fused._lrs.values(), *(t for pair in rows._on_device.values() for t in pair)]
+    assert len(kept) == 3
+    group, device = opt.param_groups[0], torch.device("cpu")
+    assert fused.lr(group, device) is kept[0]
+    assert rows.weights(device)[0] is kept[1]
+    capturing()
+    group["lr"], group["gamma"] = 0.2, 3.0  # Of a schedule: neither may be kept either.
+    step_by_closures(opt, problem)
+    fresh = [fused.lr(group, device), *rows.weights(device)]
+    assert not any(new is old for new in fresh for old in kept)
+    assert [*fused._lrs.values()] == kept[:1]
+    assert opt._two_phase.plan._rows._on_device.get(device, (kept[1],))[0] is kept[1]
