@@ -89,6 +89,10 @@ def test_the_straight_line_is_compared_where_runs_looked_there(tmp_path: Path) -
     assert ours[1].mean == pytest.approx(sum(expected) / 3)
     assert ours[1].mean < -2.0 < theirs[1].mean
     assert ours[4].wins == 3
+    lost = next(i for i, run in enumerate(runs) if "line" in run and run["job"]["method"] != SUM)
+    runs[lost] = {name: value for name, value in diverged(runs[lost]).items() if name != "line"}
+    without = by_label(tables.line_tables(summary_of(tmp_path / "lost", runs))[0])["NPO + NLL: BLUR"][4]
+    assert (without.pairs, without.only_theirs, without.not_run) == (2, 1, 0)
 
 
 def test_a_run_would_have_stopped_at_the_level_of_rows_never_seen(tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ def _summarize(setting: Setting, method: Method, runs: list[Run], tuning: list[R
         seed: [_path(setting, run) for run in runs if run.seed == seed] for seed in setting.seeds if seed in have_run
     }
     lines = {seed: [_line(setting, run) for run in runs if run.seed == seed and run.line] for seed in setting.seeds}
-    lines = {seed: found for seed, found in lines.items() if found and seed in have_run}
+    # A run that diverged has no end to draw a line from: nothing there keeps anything, which is not "has not run".
+    without_end = {run.seed for run in runs if run.diverged} if any(run.line for run in setting.runs) else set()
+    lines = {seed: found for seed, found in lines.items() if (found or seed in without_end) and seed in have_run}
     points = {seed: tuple(chain.from_iterable(found)) for seed, found in paths.items()}
     return MethodSummary(
         method=method,
