@@ -30,7 +30,7 @@ from blur_optim.step.plan import Rows
 from blur_optim.step.projection import Projection
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import real
-from blur_optim.step.two_phase import Amp, TwoPhaseStep
+from blur_optim.step.two_phase import OUTSIDE, Amp, TwoPhaseStep
 
 
 class MetricStep(TwoPhaseStep):
@@ -112,7 +112,7 @@ class MetricStep(TwoPhaseStep):
                 "`exp_avg_sq` in this optimizer's state is not the second moment of the retain gradient, as far as is "
                 "known: it comes from a run without metric='retain'. It is used and forgotten at the rate of beta2; to "
                 "start from the retain gradient alone, load no optimizer state.",
-                stacklevel=2,
+                stacklevel=OUTSIDE,
             )
 
     # -- The step ----------------------------------------------------------------------------------------------------
@@ -183,8 +183,7 @@ class MetricStep(TwoPhaseStep):
     def _found_on(self, device: torch.device, amp: Amp) -> Tensor:
         found = torch.zeros((), device=device)
         # What was found in the update holds for as long as p.grad is that update.
-        is_update = self._witness is not None and self._witness[0].grad is self._witness[1]
-        for flag in (self._found_inf if is_update else None, amp.get("found_inf")):
+        for flag in (self._found_inf if self.is_update else None, amp.get("found_inf")):
             if flag is not None:
                 found = torch.maximum(found, flag.to(found).reshape(()))
         return found
