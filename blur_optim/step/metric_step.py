@@ -68,7 +68,7 @@ class MetricStep(TwoPhaseStep):
         if mean is None and not self._looked_at_v:
             self._warn_if_v_is_of_the_update()
         self._looked_at_v = True
-        with self._state.made_for(gradients.pairs.params):
+        with self._state.made_for(gradients.pairs):
             if mean is None:  # The first step: v-hat of this step itself has to be summed beforehand.
                 table = self._table(gradients, settings, None, grad_scale)
                 mean = mean_of(table, table.new_zeros(()), None)
