@@ -46,6 +46,7 @@ class BLURStepMixin:
     _pending: list[dict[str, Any]]
     _loss_sums: Tensor
     _clipped = 0
+    _said_of_clipping = False
     model: Any
     #: With older ones a gradient comes out wrong (4.45: divided by the accumulation twice) or a resumed run does.
     oldest_transformers = "4.57.6"
@@ -219,10 +220,11 @@ class BLURStepMixin:
     def _watch_clipping(self, update_norm: float) -> None:
         """Say once where clipping has become a smaller learning rate, which Adam's own denominator would undo."""
         limit = self.args.max_grad_norm
-        if not limit or self.blur.metric != "retain":
+        if self._said_of_clipping or not limit or self.blur.metric != "retain":
             return
         self._clipped = self._clipped + 1 if update_norm > limit else 0
         if self._clipped == _CLIPPED_BEFORE_SAID and self.state.is_world_process_zero:
+            self._said_of_clipping = True
             warnings.warn(
                 f"The last {_CLIPPED_BEFORE_SAID} updates that were logged were all clipped, the last from a norm of "
                 f"{update_norm:.3g} to max_grad_norm={limit:g}. With metric='retain' that is a learning rate of "

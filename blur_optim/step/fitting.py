@@ -3,12 +3,13 @@
 Only then a kernel can update all of them in one pass. Others are stepped by the base itself, or by PyTorch's operators.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from blur_optim.kernels.layout import dense_alike, is_dense
@@ -37,7 +38,7 @@ def which_fit(
     alike = len(dtypes) == 1 and dtypes <= _FLOATS and set(map(type, params)) <= PLAIN
     alike = alike and (grad_dtypes == dtypes or (dtypes == {torch.float32} and grad_dtypes <= _HALVES))
     if alike and contiguous and all(map(Tensor.is_contiguous, params)):
-        if state.known_to_fit(dtypes, moments) and all(map(_are_contiguous, moments)):
+        if state.known_to_fit(dtypes, moments) and all(_still_fit(values, dtypes) for values in moments):
             return []
         if all(_is_plain(m, dtypes) for values in moments for m in values if m is not None):
             state.remember_to_fit(dtypes, moments)
@@ -62,10 +63,24 @@ def fits(param: Tensor, forget: Tensor, retain: Tensor, moments: Sequence[Tensor
     return is_dense(param) and all(dense_alike(param, t) for t in others)
 
 
-def _are_contiguous(moments: list[Any]) -> bool:
-    """Whether those that are there still are: ``data`` may have given a tensor other memory, with other strides."""
+def lacks_largest(base: Optimizer, entries: Mapping[str, list[Any]], groups: Sequence[int]) -> bool:
+    """Whether a parameter whose group has amsgrad has its state, but no ``max_exp_avg_sq``: it was made without.
+
+    Args:
+        entries: of the state, those that are read in a step; with amsgrad in a group, these are among them.
+        groups: the param group of each parameter.
+    """
+    largest = entries.get("max_exp_avg_sq", [])
+    return any_missing(largest) and any(
+        most is None and step is not None and base.param_groups[group].get("amsgrad")
+        for most, step, group in zip(largest, entries["step"], groups, strict=True)
+    )
+
+
+def _still_fit(moments: list[Any], dtypes: set[torch.dtype]) -> bool:
+    """Whether those that are there still do: ``data`` may have given a tensor other strides, or another dtype."""
     present = [m for m in moments if m is not None] if any_missing(moments) else moments
-    return all(map(Tensor.is_contiguous, present))
+    return all(map(Tensor.is_contiguous, present)) and dtypes.issuperset(map(_dtype_of, present))
 
 
 def _is_plain(moment: Tensor, dtypes: set[torch.dtype]) -> bool:

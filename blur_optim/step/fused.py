@@ -18,7 +18,7 @@ from blur_optim.optimizer_wrapper import supports_amp_scaling
 from blur_optim.parallel.ranks import to_locals
 from blur_optim.step.base_state import BaseState
 from blur_optim.step.capturing import is_capturing
-from blur_optim.step.fitting import which_fit
+from blur_optim.step.fitting import lacks_largest, which_fit
 from blur_optim.step.pairs import PairedGradients, Pairs
 from blur_optim.step.plan import any_missing
 from blur_optim.step.projection import Projection
@@ -47,7 +47,10 @@ class FusedStep:
             return "the backend has no fused update"
         if any(map(_group_needs_base, base.param_groups)):
             return "a param group is capturable or differentiable, or has tensors for betas or momentum"
-        if not self._fits(gradients):
+        state = self._read_state(gradients)
+        if lacks_largest(base, state.entries, gradients.pairs.groups):
+            return "a param group has amsgrad, and a state that was made without"  # torch says so, before it counts.
+        if not self._fits(gradients, state):
             return "a parameter, gradient or state has an unusual dtype or layout"
         return ""
 
@@ -91,14 +94,18 @@ class FusedStep:
             state.read(_entries(self.base))
         return state
 
-    def _fits(self, gradients: PairedGradients) -> bool:
+    def _read_state(self, gradients: PairedGradients) -> BaseState:
+        self._checked = None
+        state = self.state_of(gradients.pairs.params)
+        state.read(_entries(self.base))
+        self._checked = gradients.pairs.params  # Nothing of the user's runs from here to the end of the step.
+        return state
+
+    def _fits(self, gradients: PairedGradients, state: BaseState) -> bool:
         """Whether one loop over memory visits the same element of each parameter, its state and its gradients."""
         pairs = gradients.pairs
-        self._checked = None
-        state, params = self.state_of(pairs.params), to_locals(pairs.params)
-        moments = state.read(_entries(self.base))[: len(_moments(self.base))]
-        self._checked = pairs.params  # Nothing of the user's runs from here to the end of the step.
-        return not which_fit(state, params, pairs, moments, gradients.contiguous)
+        moments = [state.entries[name] for name in _moments(self.base)]
+        return not which_fit(state, to_locals(pairs.params), pairs, moments, gradients.contiguous)
 
 
 def _adam_step(step: FusedStep, pairs: Pairs, projection: Projection, kernels: FusedBackend) -> None:

@@ -112,16 +112,23 @@ def leave_metric(base: Optimizer, loaded_groups: Sequence[Mapping[str, Any]]) ->
     """
     if not any(MEAN in group for group in loaded_groups):
         return
+    is_sgd = type(base) is SGD  # It has no second moment of its own, nor counts steps.
     for group in base.param_groups:
-        group.pop(MEAN, None)
+        for name in (MEAN, BETA) if is_sgd else (MEAN,):
+            group.pop(name, None)
     for state in base.state.values():
-        state.pop(AHEAD, None)
-    warnings.warn(
-        "The loaded state comes from a run with metric='retain': its `exp_avg_sq` is the second moment of the retain "
-        "gradient, which may be smaller than that of the update by far, and the first steps larger. Pass "
-        "metric='retain' here too, or lower the rate until it is forgotten.",
-        stacklevel=4,
+        for name in (AHEAD, "exp_avg_sq", "step") if is_sgd else (AHEAD,):
+            state.pop(name, None)
+    meaning = (
+        "its learning rate was in units of the metric, which divided each step by the root of the retain gradient's "
+        "second moment, and plain SGD does not divide. Pass metric='retain' here too, or set `lr` to one that was "
+        "tuned for plain SGD."
+        if is_sgd
+        else "its `exp_avg_sq` is the second moment of the retain gradient, which may be smaller than that of the "
+        "update by far, and the first steps larger. Pass metric='retain' here too, or lower the rate until it is "
+        "forgotten."
     )
+    warnings.warn(f"The loaded state comes from a run with metric='retain': {meaning}", stacklevel=4)
 
 
 def check_beta(value: Any) -> None:

@@ -15,7 +15,7 @@ from blur_optim.kernels import BACKENDS, Backend, select_backend
 from blur_optim.optimizer_wrapper import supports_amp_scaling
 from blur_optim.parallel.ranks import to_local, to_locals
 from blur_optim.step.base_state import BaseState, Counts
-from blur_optim.step.fitting import which_fit
+from blur_optim.step.fitting import lacks_largest, which_fit
 from blur_optim.step.metric import AHEAD, DEFAULT_EPS, beta2
 from blur_optim.step.pairs import Pairs
 from blur_optim.step.plan import any_missing, filled
@@ -91,12 +91,15 @@ class MetricState:
         self._sizes: tuple[list[int], list[int], Tensor] | None = None
 
     @contextmanager
-    def made_for(self, params: Sequence[Tensor]) -> Iterator[None]:
+    def made_for(self, pairs: Pairs) -> Iterator[None]:
         """With the state that the dots read; what is new of it is gone again where they, or the rule, fail."""
-        needed = ("exp_avg_sq", "step", AHEAD)
+        params, needed = pairs.params, ("exp_avg_sq", "step", AHEAD)
         if not any(map(any_missing, self._read(params, needed))):
             yield
             return
+        if any(group.get("amsgrad") for group in self.base.param_groups):
+            self._read(params, ("max_exp_avg_sq", "step"))
+            self._check_largest(pairs)
         before = {p: dict(self.base.state[p]) if p in self.base.state else None for p in params}
         try:
             init_state(self.base, params)
@@ -115,6 +118,7 @@ class MetricState:
         amsgrad = [bool(group.get("amsgrad")) for group in groups]
         names = ["momentum_buffer" if sgd else "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if any(amsgrad) else [])]
         moments = self._read(pairs.params, (*names, "step", AHEAD))[: len(names)]
+        self._check_largest(pairs)
         if any(amsgrad) and not all(amsgrad):
             moments[2] = [t if amsgrad[g] else None for t, g in zip(moments[2], pairs.groups, strict=True)]
         assert self._state is not None
@@ -144,11 +148,7 @@ class MetricState:
             mean: of v-hat; None: no damping.
             grad_scale: what both losses were multiplied with.
         """
-        device = pairs.device
-        taken = self.counts("step").read(device, torch.float32)
-        pairs.steps = taken + 1
-        seen = taken.double() + self.counts(AHEAD).read(device, torch.float64)
-        rate = self._filled("beta2", [beta2(group) for group in self.base.param_groups], pairs)
+        seen, rate = self._fill_steps(pairs)
         rest = 1 - rate
         if grad_scale is not None:
             rest = rest / grad_scale / grad_scale
@@ -156,11 +156,7 @@ class MetricState:
 
     def fill_in_given(self, pairs: MetricPairs, mean: Tensor, damping: float) -> None:
         """The same, with v taken as it is: it has advanced already."""
-        device = pairs.device
-        taken = self.counts("step").read(device, torch.float32)
-        pairs.steps = taken + 1
-        seen = taken.double() + self.counts(AHEAD).read(device, torch.float64)
-        rate = self._filled("beta2", [beta2(group) for group in self.base.param_groups], pairs)
+        seen, rate = self._fill_steps(pairs)
         self._fill_metric(pairs, torch.ones_like(rate), torch.zeros_like(rate), 1 / (1 - rate**seen), mean, damping)
 
     def counts(self, name: str) -> Counts:
@@ -184,6 +180,23 @@ class MetricState:
         if self._state is None or not self._state.holds(self.base, params):
             self._state = BaseState(self.base, params)
         return self._state.read(names)
+
+    def _check_largest(self, pairs: Pairs) -> None:
+        """Refuse a step that would count and feed v before a kernel finds that amsgrad has nothing to go by."""
+        assert self._state is not None
+        if lacks_largest(self.base, self._state.entries, pairs.groups):
+            raise RuntimeError(
+                "`amsgrad` must be False in a param group whose state was made without it, got True: there is no "
+                "`max_exp_avg_sq`. Set it where the optimizer is made; or, to begin with the second moment of now, "
+                "state[p]['max_exp_avg_sq'] = state[p]['exp_avg_sq'].clone() for each parameter of the group."
+            )
+
+    def _fill_steps(self, pairs: MetricPairs) -> tuple[Tensor, Tensor]:
+        """Fill in ``steps``; ``[n]`` float64: the retain gradients that v has seen, and the rate of v."""
+        taken = self.counts("step").read(pairs.device, torch.float32)
+        pairs.steps = taken + 1
+        seen = taken.double() + self.counts(AHEAD).read(pairs.device, torch.float64)
+        return seen, self._filled("beta2", [beta2(group) for group in self.base.param_groups], pairs)
 
     def _fill_metric(
         self, pairs: MetricPairs, rate: Tensor, rest: Tensor, correction: Tensor, mean: Tensor | None, damping: float

@@ -30,7 +30,7 @@ from blur_optim.step.plan import Rows
 from blur_optim.step.projection import Projection
 from blur_optim.step.settings import Settings
 from blur_optim.step.stash import real
-from blur_optim.step.two_phase import Amp, TwoPhaseStep
+from blur_optim.step.two_phase import OUTSIDE, Amp, TwoPhaseStep
 
 
 class MetricStep(TwoPhaseStep):
@@ -50,8 +50,10 @@ class MetricStep(TwoPhaseStep):
         self._state = MetricState(base)
         # What the step on p.grad is to be taken with: the damping of the dots, and the settings.
         self._pending: tuple[Tensor, Settings] | None = None
+        self._is_taken = False  # Whether there was such a step.
 
     def loaded(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        self._drop_update()
         self._mean, self._looked_at_v = None, False
         if not all(MEAN in group for group in param_groups):
             for group in self.base.param_groups:  # That of before does not belong to what was loaded.
@@ -59,6 +61,19 @@ class MetricStep(TwoPhaseStep):
         for state in self.base.state.values():
             if AHEAD in state:  # torch has cast it to the parameter's dtype, in which a count may not go on.
                 state[AHEAD] = state[AHEAD].float()
+
+    def _drop_update(self) -> None:
+        # It has fed the v of before, which is gone: a step on it would take the loaded v for one that has seen it.
+        if self._pending is None or self.phases.current is not Phase.PROJECTED:
+            return
+        if not self._is_taken and self.has_gradients():
+            warnings.warn(
+                "load_state_dict() must not come between the retain phase and opt.step() with metric='retain', got an "
+                "update in p.grad that was made in the metric of the state before. It has been dropped; run both "
+                "phases again.",
+                stacklevel=4,
+            )
+        self.discard()
 
     # -- The numbers -------------------------------------------------------------------------------------------------
 
@@ -68,7 +83,7 @@ class MetricStep(TwoPhaseStep):
         if mean is None and not self._looked_at_v:
             self._warn_if_v_is_of_the_update()
         self._looked_at_v = True
-        with self._state.made_for(gradients.pairs.params):
+        with self._state.made_for(gradients.pairs):
             if mean is None:  # The first step: v-hat of this step itself has to be summed beforehand.
                 table = self._table(gradients, settings, None, grad_scale)
                 mean = mean_of(table, table.new_zeros(()), None)
@@ -76,7 +91,7 @@ class MetricStep(TwoPhaseStep):
             projection = solve_in_metric(table, gradients.rows, settings, grad_scale)
         # For the device to decide: the mean of a skipped step is that of the one before.
         self._next_mean = mean_of(table, projection.found_inf, self._mean)
-        self._pending = mean, settings
+        self._pending, self._is_taken = (mean, settings), False
         return projection
 
     def _table(
@@ -112,7 +127,7 @@ class MetricStep(TwoPhaseStep):
                 "`exp_avg_sq` in this optimizer's state is not the second moment of the retain gradient, as far as is "
                 "known: it comes from a run without metric='retain'. It is used and forgotten at the rate of beta2; to "
                 "start from the retain gradient alone, load no optimizer state.",
-                stacklevel=2,
+                stacklevel=OUTSIDE,
             )
 
     # -- The step ----------------------------------------------------------------------------------------------------
@@ -158,6 +173,7 @@ class MetricStep(TwoPhaseStep):
 
         hooked: Any = Optimizer.profile_hook_step(update)
         hooked(self.base)
+        self._is_taken = True
         if "step" in self.base.__dict__:  # A scheduler on the base watches whether it has stepped.
             self.base._opt_called = True  # type: ignore[attr-defined]
 
@@ -183,8 +199,7 @@ class MetricStep(TwoPhaseStep):
     def _found_on(self, device: torch.device, amp: Amp) -> Tensor:
         found = torch.zeros((), device=device)
         # What was found in the update holds for as long as p.grad is that update.
-        is_update = self._witness is not None and self._witness[0].grad is self._witness[1]
-        for flag in (self._found_inf if is_update else None, amp.get("found_inf")):
+        for flag in (self._found_inf if self.is_update else None, amp.get("found_inf")):
             if flag is not None:
                 found = torch.maximum(found, flag.to(found).reshape(()))
         return found

@@ -31,7 +31,7 @@ from blur_optim.step.settings import Settings
 from blur_optim.step.stash import STASHES
 from blur_optim.step.under_way import UnderWay
 
-_OUTSIDE = 6  # How many calls a warning about a step is away from the user's own line, about.
+OUTSIDE = 9  # How many calls a warning about a step is away from the user's own line, with torch's wrappers; about.
 
 Closure = Callable[[], Any]
 Amp = dict[str, Tensor | None]
@@ -247,8 +247,7 @@ class TwoPhaseStep(UnderWay):
     def step_base(self, amp: Amp) -> None:
         """Take the base's own step on ``p.grad``, unless the update in it is not finite."""
         # What was found in the update holds for as long as p.grad is that update, so also for a second step on it.
-        is_update = self._witness is not None and self._witness[0].grad is self._witness[1]
-        step_base(self.base, self._found_inf if is_update else None, amp)
+        step_base(self.base, self._found_inf if self.is_update else None, amp)
 
     def check_scale_is_known(self) -> None:
         """Refuse to go on with an update that depends on a loss scale of which nothing was said."""
@@ -270,7 +269,7 @@ class TwoPhaseStep(UnderWay):
             return
         if (why := why_nothing_moves(gradients, projection)) and self.params():
             self._said_nothing = True
-            warnings.warn(why, stacklevel=_OUTSIDE)
+            warnings.warn(why, stacklevel=OUTSIDE)
 
     def _check_is_update(self) -> None:
         # Without a gradient in either phase there is no update: what is in p.grad has come from somewhere else.
@@ -289,5 +288,5 @@ class TwoPhaseStep(UnderWay):
             warnings.warn(
                 f"opt.step() had no phases before it: {type(self.base).__name__} stepped on what was in p.grad, not "
                 "BLUR. Give it two closures, or compute the gradients in `with opt.forget()` and `with opt.retain()`.",
-                stacklevel=5,
+                stacklevel=OUTSIDE - 2,
             )

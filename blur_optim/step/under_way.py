@@ -57,6 +57,11 @@ class UnderWay:
         plan = self.plan
         return not all(map(is_, map(grad_of, plan.params), repeat(None))) or self.wrappers.holds_back(plan.dtensors)
 
+    @property
+    def is_update(self) -> bool:
+        """Whether ``p.grad`` is still the update that the last projection left there."""
+        return self._witness is not None and self._witness[0].grad is self._witness[1]
+
     def reset(self) -> None:
         """After zero_grad(): a step that was under way is dropped, unless a phase is open."""
         if self.phases.is_open:

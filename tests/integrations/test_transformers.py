@@ -229,6 +229,13 @@ class TestMetric:
             trainer(tmp_path, **options).train()
         assert len(told) == 1
 
+    def test_it_is_not_said_again_after_an_update_that_was_not_clipped(self, tmp_path):
+        made = trainer(tmp_path, metric="retain", max_grad_norm=1.0)
+        made.create_optimizer()
+        with pytest.warns(UserWarning, match="were all clipped") as told:
+            list(map(made._watch_clipping, (*[2.0] * 5, 0.5, *[2.0] * 5)))
+        assert len(told) == 1
+
     @pytest.mark.parametrize("changes", [{"metric": "euclidean"}, {"max_grad_norm": 0.0}, {"max_grad_norm": 1e6}])
     def test_where_it_is_none_nothing_is_said(self, tmp_path, changes):
         options = {"forget_loss": "ga", "metric": "retain", "max_grad_norm": 1e-3, "max_steps": 6}
