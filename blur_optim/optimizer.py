@@ -279,7 +279,8 @@ class BLUR(OptimizerWrapper):
 
         Warns:
             UserWarning: it comes from a run with the other metric, where ``exp_avg_sq`` meant something else. With
-                ``metric="retain"`` the first step says so.
+                ``metric="retain"`` the first step says so. Or there is an update in ``p.grad`` that was not stepped on,
+                made in the metric of the state before: it is dropped.
         """
         super().load_state_dict(state_dict)
         self._two_phase.loaded(state_dict["param_groups"])
