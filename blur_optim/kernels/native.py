@@ -84,12 +84,10 @@ def multi_tensor_blend_(
     rows: Sequence[int],
     scales: Sequence[Tensor] = (),
 ) -> None:
-    dense = blend_the_unusual_(retain, forget, coefficients, rows, scales)
-    if dense:
-        mine = [retain[i] for i in dense], [forget[i] for i in dense]
-        scales = [scales[i] for i in dense] if scales else []
-        _op("multi_tensor_blend_")(*mine, coefficients.contiguous(), [rows[i] for i in dense], scales)
-        increment_version([r if r.numel() else f for r, f in zip(*mine, strict=True)])
+    r, f, rows, scales = blend_the_unusual_(retain, forget, coefficients, rows, scales)
+    if r:
+        _op("multi_tensor_blend_")(r, f, coefficients.contiguous(), rows, scales)
+        increment_version([x if x.numel() else y for x, y in zip(r, f, strict=True)])
 
 
 def multi_tensor_metric_dots(
@@ -120,15 +118,13 @@ def multi_tensor_metric_blend_(
     found_inf: Tensor | None,
     scales: Sequence[Tensor] = (),
 ) -> None:
-    dense = metric_blend_the_unusual_(retain, forget, exp_avg_sqs, coefficients, rows, metric, found_inf, scales)
-    if not dense:
-        return
-    r, f, v = ([tensors[i] for i in dense] for tensors in (retain, forget, exp_avg_sqs))
-    scales = [scales[i] for i in dense] if scales else []
-    metric = metric if len(dense) == len(retain) else metric[dense]
-    blend = _op("multi_tensor_metric_blend_")
-    blend(r, f, v, coefficients.contiguous(), [rows[i] for i in dense], metric.contiguous(), found_inf, scales)
-    increment_version([*v, *(x if x.numel() else y for x, y in zip(r, f, strict=True))])
+    r, f, v, rows, metric, scales = metric_blend_the_unusual_(
+        retain, forget, exp_avg_sqs, coefficients, rows, metric, found_inf, scales
+    )
+    if r:
+        blend = _op("multi_tensor_metric_blend_")
+        blend(r, f, v, coefficients.contiguous(), rows, metric.contiguous(), found_inf, scales)
+        increment_version([*v, *(x if x.numel() else y for x, y in zip(r, f, strict=True))])
 
 
 def multi_tensor_compress_(values: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -83,13 +83,11 @@ def multi_tensor_blend_(
     rows: Sequence[int],
     scales: Sequence[Tensor] = (),
 ) -> None:
-    dense = blend_the_unusual_(retain, forget, coefficients, rows, scales)
-    if not dense:
+    r, f, rows, scales = blend_the_unusual_(retain, forget, coefficients, rows, scales)
+    if not r:
         return
-    forget, retain, rows = [forget[i] for i in dense], [retain[i] for i in dense], [rows[i] for i in dense]
-    scales = [scales[i] for i in dense] if scales else []
-    plan = launch.make_plan(forget, retain, scales, {}, rows, len(coefficients))
-    increment_version(r if r.numel() else f for f, r in zip(forget, retain, strict=True))
+    plan = launch.make_plan(f, r, scales, {}, rows, len(coefficients))
+    increment_version(x if x.numel() else y for x, y in zip(r, f, strict=True))
     launch.run_plan(launch.device_code().blend_kernel, plan, coefficients.contiguous())
 
 
@@ -141,14 +139,13 @@ def multi_tensor_metric_blend_(
     found_inf: Tensor | None,
     scales: Sequence[Tensor] = (),
 ) -> None:
-    dense = metric_blend_the_unusual_(retain, forget, exp_avg_sqs, coefficients, rows, metric, found_inf, scales)
-    if not dense:
+    r, f, v, rows, metric, scales = metric_blend_the_unusual_(
+        retain, forget, exp_avg_sqs, coefficients, rows, metric, found_inf, scales
+    )
+    if not r:
         return
-    f, r, v = ([tensors[i] for i in dense] for tensors in (forget, retain, exp_avg_sqs))
-    scales = [scales[i] for i in dense] if scales else []
-    metric = metric if len(dense) == len(retain) else metric[dense]
-    plan = launch.make_plan(f, r, scales, {"exp_avg_sqs": v}, [rows[i] for i in dense], len(coefficients))
-    increment_version([*v, *(y if y.numel() else x for x, y in zip(f, r, strict=True))])
+    plan = launch.make_plan(f, r, scales, {"exp_avg_sqs": v}, rows, len(coefficients))
+    increment_version([*v, *(x if x.numel() else y for x, y in zip(r, f, strict=True))])
     arguments = coefficients.contiguous(), checked_metric(metric, len(r)), found_inf
     launch.run_plan(launch.device_code().metric_blend_kernel, plan, *arguments)
 
