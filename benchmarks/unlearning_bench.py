@@ -23,11 +23,13 @@ FIELDS = (
     "model",
     "retrained",
     "gguf_file",
+    "authors",
     "name",
     "steps",
     "batch_size",
     "accumulation",
     "looks",
+    "warm_up",
     "lora_rank",
     "stop",
     "device",
@@ -36,6 +38,7 @@ FIELDS = (
     "questions",
     "utility_questions",
 )
+LISTS = ("methods", "seeds", "lrs", "tuning_weights", "blocks")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -69,10 +72,15 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", help="of the report; needed beside --model or --subset, for the results to keep apart")
     add("--methods", nargs="+", metavar="ID", help="such as npo+nll/blur; default: those of the preset")
     add("--seeds", nargs="+", type=int, metavar="N", help="held-out seeds (default: 1 2 3); 0 is for tuning")
+    add("--lrs", nargs="+", type=float, metavar="LR", help="learning rates that tuning tries, each with each weight")
+    add("--tuning-weights", nargs="+", type=float, metavar="W", help="weights that it tries, as shares of the largest")
+    add("--authors", type=int, metavar="N", help="tofu: of how many authors a model knows the rows")
+    add("--blocks", nargs="+", type=int, metavar="N", help="tofu: the first author of each target: to tune, to compare")
     add("--steps", type=int, metavar="N", help="of unlearning")
     add("--batch-size", type=int, metavar="N", help="rows of each of the two losses in a micro-batch")
     add("--accumulation", type=int, metavar="N", help="micro-batches in a step")
     add("--looks", type=int, metavar="N", help="how often a run is looked at")
+    add("--warm-up", type=float, metavar="SHARE", help="of the steps, over which the learning rate rises")
     add("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank in place of the model's weights")
     add(
         "--stop",
@@ -92,8 +100,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options.track = options.track or (list(TRACKS) if with_all else ["tofu"])
     if options.data and len(options.track) > 1:
         parser.error("--data must be that of one --track. For several, give --data-dir.")
-    if (options.model or options.subset) and not options.name and options.form != "paper":
-        parser.error("--name must be given with --model or --subset: these are other results than the preset's.")
+    others = ("model", "subset", "authors", "blocks", "lrs", "tuning_weights", "warm_up")
+    other = [name for name in others if getattr(options, name) is not None]
+    if other and not options.name and options.form != "paper":
+        flag = f"--{other[0].replace('_', '-')}"
+        parser.error(f"--name must be given with {flag}: these are other results than the preset's.")
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}.")
     return options
@@ -118,7 +129,9 @@ def make_settings(options: argparse.Namespace, track: str) -> Settings:
         given.setdefault("data", data_in(options.data_dir, track, options.cache))
     if "data" in given and Path(given["data"]).exists():  # However it is spelled, it is the same data.
         given["data"] = str(Path(given["data"]).resolve())
-    lists = {name: tuple(value) for name in ("methods", "seeds") if (value := getattr(options, name))}
+    lists = {name: tuple(value) for name in LISTS if (value := getattr(options, name))}
+    if "blocks" in lists:
+        given["targets"] = len(lists["blocks"])
     settings = replace(preset(track, options.form, options.subset), **given, **lists)
     # What was measured on invented authors has another name than what was measured on TOFU.
     return replace(settings, name=settings.name.replace("invented", "tofu")) if settings.data else settings

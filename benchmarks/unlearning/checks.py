@@ -1,5 +1,7 @@
 """Find out what cannot work before anything is trained."""
 
+from itertools import pairwise
+
 from shared_lib.errors import InputError
 from shared_lib.models import check_device
 
@@ -27,6 +29,18 @@ def check_settings(settings: Settings) -> None:
     if settings.steps < settings.looks:
         raise InputError(
             f"--steps must be at least {settings.looks}, as often as a run is looked at, got {settings.steps}."
+        )
+    if not 0 <= settings.warm_up <= 1:
+        raise InputError(f"--warm-up must be a share of the steps, from 0 to 1, got {settings.warm_up}.")
+    for name, values in (("--lrs", settings.lrs), ("--tuning-weights", settings.tuning_weights)):
+        if len(set(values)) < len(values) or min(values) <= 0:
+            raise InputError(f"{name} must be positive and different, got {' '.join(map(str, values))}.")
+    firsts = pairwise(sorted(settings.blocks))
+    least = min((second - first for first, second in firsts), default=settings.authors)
+    if settings.blocks and not 0 < settings.authors <= least:
+        raise InputError(
+            f"--blocks must be at least --authors apart, so that no two share rows: {settings.authors} authors from "
+            f"each of {' '.join(map(str, settings.blocks))} on."
         )
     check_device(settings.device)
     load_data(settings)

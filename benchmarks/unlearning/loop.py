@@ -23,7 +23,6 @@ from .settings import Settings
 from .tracks.task import Task
 
 KINDS = ("forget", "retain", "untouched")
-WARM_UP = 0.1  # of the steps
 RELEARNING_LR = 3e-4
 GROUP = 32  # weights of a row that share a scale when they are rounded
 NOTHING_LOST = 0.99  # of the probability of retain and untouched rows
@@ -68,7 +67,7 @@ class Unlearning:
     def _take_steps(self, first_look: Look | None) -> None:
         settings = self.settings
         batches = self.batches()
-        warm_up = max(1, round(WARM_UP * settings.steps))
+        warm_up = max(1, round(settings.warm_up * settings.steps))
         schedule = LambdaLR(
             getattr(self.optimizer, "base", self.optimizer), lambda step: min(1.0, (step + 1) / warm_up)
         )

@@ -52,6 +52,7 @@ class Settings:
         judged_rows, generated_rows: at most so many rows of a kind, beside those to forget, for the benchmark's scores,
             and so many answers.
         relearned_rows, relearning_steps: the attack on every model that gets full scores; 0: none.
+        warm_up: share of the steps over which the learning rate rises to what it then stays at.
         lora_rank: of adapters that are trained in place of the model's own weights; 0: none.
         beta: of NPO and DPO; ``simnpo_beta`` and ``steering`` likewise.
         layers: of RMU: the trained ones, ending with the steered one.
@@ -95,6 +96,7 @@ class Settings:
     generated_rows: int = 100
     relearned_rows: int = 10
     relearning_steps: int = 20
+    warm_up: float = 0.1
     lora_rank: int = 0
     beta: float = 0.1
     simnpo_beta: float = 2.5

@@ -205,6 +205,10 @@ WRONG = {
     "no data": (["--data", "/nonexistent/tofu"], "--data: there is no file or folder /nonexistent/tofu"),
     "unknown subset": (["--subset", "forget02", "--name", "x"], "--subset must be one of forget01"),
     "no steps": (["--steps", "0"], "--steps must be at least 1, as often as a run is looked at, got 0"),
+    "a warm-up beyond the steps": (["--warm-up", "2", "--name", "x"], "--warm-up must be a share of the steps"),
+    "no learning rate": (["--lrs", "0", "--name", "x"], "--lrs must be positive and different, got 0.0"),
+    "a weight twice": (["--tuning-weights", "1", "1", "--name", "x"], "--tuning-weights must be positive and differ"),
+    "blocks that share rows": (["--blocks", "0", "3", "--name", "x"], "--blocks must be at least --authors apart"),
     "a device that is not there": (["--device", "nonsense"], "--device: 'nonsense' cannot be used here"),
 }
 
@@ -222,8 +226,9 @@ def test_what_cannot_be_is_met_with_one_line_before_anything_is_begun(
 
 
 USAGE = {
-    "a model without a name": (["--model", "3m"], "--name must be given with --model or --subset"),
-    "a subset without a name": (["--subset", "forget05"], "--name must be given with --model or --subset"),
+    "a model without a name": (["--model", "3m"], "--name must be given with --model"),
+    "a subset without a name": (["--subset", "forget05"], "--name must be given with --subset"),
+    "a grid without a name": (["--tuning-weights", "1", "3"], "--name must be given with --tuning-weights"),
     "no processes": (["--processes", "0"], "--processes must be at least 1, got 0"),
     "an unknown track": (["--track", "tofuu"], "argument --track: invalid choice: 'tofuu'"),
     "a seed that is no number": (["--seeds", "one"], "argument --seeds: invalid int value: 'one'"),
@@ -255,7 +260,10 @@ def test_a_real_process_ends_with_the_line_and_code_2(tmp_path: Path) -> None:
 
 def test_options_change_the_preset_and_nothing_else() -> None:
     assert make_settings(parse_options([]), "tofu") == TINY
-    options = "--methods npo+kl/blur --seeds 4 5 --steps 9 --model 3m --name mine --subset forget05 --data there"
+    options = (
+        "--methods npo+kl/blur --seeds 4 5 --steps 9 --model 3m --name mine --subset forget05 --data there "
+        "--lrs 1e-3 1e-2 --tuning-weights 1 3 --authors 30 --blocks 0 40 80 --warm-up 0"
+    )
     assert make_settings(parse_options(options.split()), "tofu") == replace(
         TINY,
         methods=("npo+kl/blur",),
@@ -265,4 +273,10 @@ def test_options_change_the_preset_and_nothing_else() -> None:
         name="mine",
         subset="forget05",
         data="there",
+        lrs=(1e-3, 1e-2),
+        tuning_weights=(1.0, 3.0),
+        authors=30,
+        blocks=(0, 40, 80),
+        targets=3,
+        warm_up=0.0,
     )

@@ -65,6 +65,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "learning": {"learning": Learning(epochs=41)},
     "no learning": {"learning": None},
     "looks": {"looks": 5},
+    "warm-up": {"warm_up": 0.0},
     "relearning": {"relearning_steps": 21},
     "targets": {"targets": 2},
 }

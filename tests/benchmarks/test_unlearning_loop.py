@@ -143,6 +143,20 @@ def test_looks_are_spread_and_the_last_is_at_the_end(steps: int, looks: int, exp
     assert look_steps(replace(SETTINGS, steps=steps, looks=looks)) == expected
 
 
+@pytest.mark.parametrize(
+    ("warm_up", "rates"), [(0.0, [1, 1, 1, 1]), (0.5, [0.5, 1, 1, 1]), (1.0, [0.25, 0.5, 0.75, 1])]
+)
+def test_the_learning_rate_rises_over_its_share_of_the_steps(
+    before: Before, warm_up: float, rates: list[float]
+) -> None:
+    settings = replace(SETTINGS, steps=4, looks=1, warm_up=warm_up)
+    run = Unlearning(Job("sweep", "npo+nll/blur", 0.1, 1e-3, 1), before, TASK, settings)
+    seen: list[float] = []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    run.run()
+    assert seen == pytest.approx([rate * 1e-3 for rate in rates])
+
+
 def test_the_path_has_a_look_before_and_one_at_each_look_step(before: Before) -> None:
     run = unlearn(before, steps=6, looks=3)
     assert [look["step"] for look in run.path] == [0, 2, 4, 6]
