@@ -33,13 +33,14 @@ SECONDS = 90  # For a job that takes 5 on an idle machine.
 class Job:
     """Training that saves everything after each step, and begins with the last complete checkpoint, if there is one."""
 
-    def __init__(self, folder, gamma=1.0):
+    def __init__(self, folder, gamma=1.0, metric="euclidean"):
         self.folder = folder
         self.network = make_network(torch.float32)
         for block in self.network.blocks:
             fully_shard(block)
         fully_shard(self.network)
-        self.opt = make_opt(self.network.parameters(), gamma=gamma, scope="parameter", max_grad_norm=1.0)
+        options = {"gamma": gamma, "scope": "parameter", "max_grad_norm": 1.0, "metric": metric}
+        self.opt = make_opt(self.network.parameters(), **options)
         self.losses = Losses(self.network, dist.get_rank(), dist.get_world_size())
         self.step = 0
 
@@ -74,23 +75,23 @@ class Job:
         return [whole(t) for tensors in state for t in tensors], hyper
 
 
-def run_job(rank, world_size, folder, last):
+def run_job(rank, world_size, folder, last, metric):
     (folder / "ranks").mkdir(parents=True, exist_ok=True)
     join_group(rank, world_size, folder / "ranks")
-    job = Job(folder).resume().train_until(last)
+    job = Job(folder, metric=metric).resume().train_until(last)
     result = job.everything()
     if rank == 0:
         torch.save(result, folder / "result.pt")
     leave_group()
 
 
-def start(world_size, folder, last):
+def start(world_size, folder, last, metric="euclidean"):
     shutil.rmtree(folder / "ranks", ignore_errors=True)  # A store of processes that are gone.
-    return spawn(world_size, run_job, world_size, folder, last)
+    return spawn(world_size, run_job, world_size, folder, last, metric)
 
 
-def run(world_size, folder, last):
-    processes = start(world_size, folder, last)
+def run(world_size, folder, last, metric="euclidean"):
+    processes = start(world_size, folder, last, metric)
     for process in processes:
         process.join(SECONDS)
     codes = [process.exitcode for process in processes]
@@ -101,12 +102,13 @@ def run(world_size, folder, last):
 
 
 @pytest.mark.ranks(2)
-def test_a_fresh_optimizer_goes_on_to_the_bit():
+@pytest.mark.parametrize("metric", ["euclidean", "retain"])
+def test_a_fresh_optimizer_goes_on_to_the_bit(metric):
     folder = [Path(tempfile.mkdtemp())]
     dist.broadcast_object_list(folder)
-    job = Job(folder[0], gamma=0.5).train_until(2, save=False)
+    job = Job(folder[0], 0.5, metric).train_until(2, save=False)
     job.save()
-    other = Job(folder[0]).resume()
+    other = Job(folder[0], metric=metric).resume()
     (params, hyper), (other_params, other_hyper) = job.everything(), other.everything()
     assert hyper == other_hyper  # gamma too: the checkpoint's counts.
     assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
@@ -120,10 +122,13 @@ def test_a_fresh_optimizer_goes_on_to_the_bit():
 
 
 def test_four_ranks_then_two_then_four(tmp_path):
+    """In the metric of the retain loss, whose groups have a mean in them beside what the Euclidean ones have."""
     for world_size, last in ((4, 2), (2, 4)):
-        run(world_size, tmp_path, last)
-    resharded, hyper = run(4, tmp_path, 6)
-    straight, same_hyper = run(4, tmp_path / "straight", 6)
+        run(world_size, tmp_path, last, "retain")
+    resharded, hyper = run(4, tmp_path, 6, "retain")
+    straight, same_hyper = run(4, tmp_path / "straight", 6, "retain")
+    for group, same in zip(hyper, same_hyper, strict=True):
+        torch.testing.assert_close(group.pop("retain_mean_sq"), same.pop("retain_mean_sq"), rtol=1e-4, atol=0)
     assert hyper == same_hyper
     for p, q in zip(resharded, straight, strict=True):
         # float32: other numbers of ranks add up in another order, and AdamW magnifies that.
