@@ -31,6 +31,7 @@ FIELDS = (
     "looks",
     "warm_up",
     "lora_rank",
+    "embeddings",
     "stop",
     "device",
     "dtype",
@@ -38,6 +39,7 @@ FIELDS = (
     "questions",
     "utility_questions",
 )
+EMBEDDINGS = ("trained", "frozen", "only")
 LISTS = ("methods", "seeds", "lrs", "tuning_weights", "blocks")
 
 
@@ -82,6 +84,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--looks", type=int, metavar="N", help="how often a run is looked at")
     add("--warm-up", type=float, metavar="SHARE", help="of the steps, over which the learning rate rises")
     add("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank in place of the model's weights")
+    add("--embeddings", choices=EMBEDDINGS, help="of the tokens: trained beside LoRA, frozen, or trained alone")
     add(
         "--stop",
         action="store_true",
@@ -100,7 +103,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options.track = options.track or (list(TRACKS) if with_all else ["tofu"])
     if options.data and len(options.track) > 1:
         parser.error("--data must be that of one --track. For several, give --data-dir.")
-    others = ("model", "subset", "authors", "blocks", "lrs", "tuning_weights", "warm_up")
+    others = ("model", "subset", "authors", "blocks", "lrs", "tuning_weights", "warm_up", "embeddings")
     other = [name for name in others if getattr(options, name) is not None]
     if other and not options.name and options.form != "paper":
         flag = f"--{other[0].replace('_', '-')}"

@@ -24,8 +24,13 @@ def check_settings(settings: Settings) -> None:
         raise InputError(f"--methods must be different, got {' '.join(settings.methods)}.")
     if settings.tuning_seed in settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
         raise InputError(f"--seeds must be different, and other than the tuning seed {settings.tuning_seed}.")
-    if settings.lora_rank and any(parse_method(method).forget_loss == "rmu" for method in settings.methods):
-        raise InputError("--lora-rank: RMU trains the weights of its layers themselves. Leave rmu out of --methods.")
+    for name, given in (("--lora-rank", settings.lora_rank), ("--embeddings", settings.embeddings)):
+        if given and any(parse_method(method).forget_loss == "rmu" for method in settings.methods):
+            raise InputError(f"{name}: RMU trains weights of its layers and no others. Leave rmu out of --methods.")
+    if settings.embeddings and (settings.embeddings == "trained") != bool(settings.lora_rank):
+        raise InputError(
+            f"--embeddings must be trained with --lora-rank, and frozen or only without, got {settings.embeddings!r}."
+        )
     if settings.steps < settings.looks:
         raise InputError(
             f"--steps must be at least {settings.looks}, as often as a run is looked at, got {settings.steps}."

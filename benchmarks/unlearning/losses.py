@@ -58,12 +58,23 @@ class Losses:
             self.steering = steering_vector(model.config.hidden_size, settings.steering, generator, device=model.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return what is trained: everything, or the adapters, or for RMU the down-projections of its layers."""
+        """Return what is trained: everything, or the adapters, or for RMU the down-projections of its layers.
+
+        With or without the token embeddings, or these alone, as ``settings.embeddings`` says; in many models the same
+        matrix is the output layer.
+        """
+        if self.method.forget_loss == "rmu":
+            return [self.model.model.layers[i].mlp.down_proj.weight for i in self.settings.layers]
+        embeddings: nn.Parameter = self.model.get_input_embeddings().weight
+        if self.settings.embeddings == "only":
+            return [embeddings]
+        trained = list(self.model.parameters())
         if self.settings.lora_rank:
-            return [p for p in self.model.parameters() if p.requires_grad]
-        if self.method.forget_loss != "rmu":
-            return list(self.model.parameters())
-        return [self.model.model.layers[i].mlp.down_proj.weight for i in self.settings.layers]
+            trained = [p for p in trained if p.requires_grad]
+        others = [p for p in trained if p is not embeddings]
+        if self.settings.embeddings == "frozen":
+            return others
+        return [embeddings, *others] if self.settings.embeddings == "trained" else trained
 
     def _forget_ga(self, batch: Batch) -> Tensor:
         return ga_loss(logits_of(self.model, batch), batch["labels"])

@@ -54,6 +54,8 @@ class Settings:
         relearned_rows, relearning_steps: the attack on every model that gets full scores; 0: none.
         warm_up: share of the steps over which the learning rate rises to what it then stays at.
         lora_rank: of adapters that are trained in place of the model's own weights; 0: none.
+        embeddings: "frozen": the token embeddings are not trained; "only": nothing else is; "trained": they too,
+            beside adapters. Empty: as all weights are, and with adapters not.
         beta: of NPO and DPO; ``simnpo_beta`` and ``steering`` likewise.
         layers: of RMU: the trained ones, ending with the steered one.
         device, dtype: of the models while they unlearn and are judged; training is in float32.
@@ -98,6 +100,7 @@ class Settings:
     relearning_steps: int = 20
     warm_up: float = 0.1
     lora_rank: int = 0
+    embeddings: str = ""
     beta: float = 0.1
     simnpo_beta: float = 2.5
     steering: float = 6.5

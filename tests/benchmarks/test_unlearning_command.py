@@ -209,6 +209,15 @@ WRONG = {
     "no learning rate": (["--lrs", "0", "--name", "x"], "--lrs must be positive and different, got 0.0"),
     "a weight twice": (["--tuning-weights", "1", "1", "--name", "x"], "--tuning-weights must be positive and differ"),
     "blocks that share rows": (["--blocks", "0", "3", "--name", "x"], "--blocks must be at least --authors apart"),
+    "embeddings of adapters": (["--embeddings", "trained", "--name", "x"], "--embeddings must be trained with --lora"),
+    "embeddings of full weights": (
+        ["--embeddings", "only", "--lora-rank", "4", "--name", "x"],
+        "--embeddings must be trained with --lora",
+    ),
+    "embeddings of RMU": (
+        ["--embeddings", "only", "--methods", "rmu+rmu/blur", "--name", "x"],
+        "--embeddings: RMU trains weights of its layers and no others",
+    ),
     "a device that is not there": (["--device", "nonsense"], "--device: 'nonsense' cannot be used here"),
 }
 
@@ -262,7 +271,7 @@ def test_options_change_the_preset_and_nothing_else() -> None:
     assert make_settings(parse_options([]), "tofu") == TINY
     options = (
         "--methods npo+kl/blur --seeds 4 5 --steps 9 --model 3m --name mine --subset forget05 --data there "
-        "--lrs 1e-3 1e-2 --tuning-weights 1 3 --authors 30 --blocks 0 40 80 --warm-up 0"
+        "--lrs 1e-3 1e-2 --tuning-weights 1 3 --authors 30 --blocks 0 40 80 --warm-up 0 --embeddings only"
     )
     assert make_settings(parse_options(options.split()), "tofu") == replace(
         TINY,
@@ -279,4 +288,5 @@ def test_options_change_the_preset_and_nothing_else() -> None:
         blocks=(0, 40, 80),
         targets=3,
         warm_up=0.0,
+        embeddings="only",
     )

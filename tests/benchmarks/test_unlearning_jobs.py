@@ -66,6 +66,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no learning": {"learning": None},
     "looks": {"looks": 5},
     "warm-up": {"warm_up": 0.0},
+    "embeddings": {"embeddings": "only"},
     "relearning": {"relearning_steps": 21},
     "targets": {"targets": 2},
 }

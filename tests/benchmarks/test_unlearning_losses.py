@@ -158,3 +158,22 @@ def test_adapters_are_trained_alone_and_merged_at_the_end(before: Before) -> Non
     assert moved == {name for name in start if name.endswith("proj.weight")}
     difference = run.model.get_parameter(min(moved)) - start[min(moved)]
     assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
+
+
+EMBEDDINGS = {"model.embed_tokens.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("embeddings", "lora_rank"), [("only", 0), ("frozen", 0), ("trained", 2)])
+def test_embeddings_are_trained_alone_or_not_at_all_or_beside_adapters(
+    embeddings: str, lora_rank: int, before: Before
+) -> None:
+    settings = replace(SETTINGS, lora_rank=lora_rank, embeddings=embeddings)
+    start = weights(before.model)
+    run = Unlearning(Job("sweep", "npo+nll/blur", 0.1, 1e-2, 1), before, TASK, settings)
+    run.run()
+    projections = {name for name in start if name.endswith("proj.weight")}
+    expected = {"only": EMBEDDINGS, "frozen": set(start) - EMBEDDINGS, "trained": EMBEDDINGS | projections}
+    assert changed(run.model, start) == expected[embeddings]
+    left = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert all(p.grad is None for p in run.model.parameters() if id(p) not in left)
