@@ -43,6 +43,8 @@ def make_card(results: Mapping[str, Any], hub_names: Sequence[str]) -> str:
 
 def _what(settings: Mapping[str, Any]) -> str:
     how = f"LoRA of rank {settings['lora']}" if settings["lora"] else "all weights"
+    if settings["lora_embeddings"]:
+        how += " and the token embeddings"
     saved = ", kept apart: load it on the base model" if settings["keep_adapter"] else ""
     return (
         f"`{settings['model']}` after unlearning with BLUR ([arXiv:2506.08164](https://arxiv.org/abs/2506.08164)): "

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def add_adapter(model: Model, options: argparse.Namespace) -> Any:
         lora_dropout=options.lora_dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        **(_embeddings_too(model) if options.lora_embeddings else {}),
     )
     try:
         with warnings.catch_warnings():  # peft reads the older of two names that transformers has for one attribute.
@@ -97,6 +99,27 @@ def add_adapter(model: Model, options: argparse.Namespace) -> Any:
             return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"--lora-targets: {str(error).splitlines()[0]}") from error
+
+
+def _embeddings_too(model: Model) -> dict[str, Any]:
+    """Return what a LoraConfig needs to train the token embeddings, which stay the output layer where they are that.
+
+    Raises:
+        InputError: peft would part the two.
+    """
+    from peft import LoraConfig
+
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    output = model.get_output_embeddings()
+    if output is None or output.weight is not embeddings.weight:
+        return {"modules_to_save": [name.rpartition(".")[2]]}
+    if "ensure_weight_tying" not in {field.name for field in fields(LoraConfig)}:
+        raise InputError(
+            "--lora-embeddings: this model's output layer is its token embeddings, which this peft would part. "
+            "`pip install --upgrade peft`, to 0.18 or later."
+        )
+    return {"modules_to_save": [name.rpartition(".")[2]], "ensure_weight_tying": True}
 
 
 def finish(model: Any, options: argparse.Namespace) -> Any:

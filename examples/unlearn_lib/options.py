@@ -67,7 +67,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.lora is None:
-        for name in ("keep_adapter", "lora_alpha", "lora_dropout", "lora_targets"):
+        for name in ("keep_adapter", "lora_alpha", "lora_dropout", "lora_targets", "lora_embeddings"):
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"argument --{name.replace('_', '-')}: needs --lora R, which was not given")
     if options.keep_adapter and options.save_dtype:
@@ -194,6 +194,11 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
         default="all-linear",
         metavar="NAMES",
         help="layers, such as q_proj,v_proj (default: all-linear)",
+    )
+    group.add_argument(
+        "--lora-embeddings",
+        action="store_true",
+        help="train the token embeddings whole beside the adapter: with --metric retain far more is forgotten",
     )
     group.add_argument("--keep-adapter", action="store_true", help="save the adapter alone, not merged into the model")
 

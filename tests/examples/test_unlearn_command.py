@@ -126,16 +126,24 @@ def assert_scores_are_of(model: Any, home: Path, out: Path) -> None:
 
 # peft 0.21 reads the older of two names that transformers 5.23 has for it, also where it only loads.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_an_adapter_is_merged_or_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("embeddings", [(), ("--lora-embeddings", "--metric", "retain")], ids=["alone", "embeddings"])
+def test_an_adapter_is_merged_or_kept(
+    embeddings: tuple[str, ...], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    more = ["--epochs", "1", "--lora", "4", "--retain-loss", "kl", "--lora-targets", "q_proj,v_proj"]
+    more = ["--epochs", "1", "--lora", "4", "--retain-loss", "kl", "--lora-targets", "q_proj,v_proj", *embeddings]
     run_here(monkeypatch, home, tmp_path / "merged", *more)
     run_here(monkeypatch, home, tmp_path / "kept", *more, "--keep-adapter")
     merged = load_model(tmp_path / "merged" / "model", "cpu")
     kept = peft.PeftModel.from_pretrained(load_model(home / "llama", "cpu"), tmp_path / "kept" / "model")
     ids = torch.arange(20).view(1, -1)
     torch.testing.assert_close(merged(input_ids=ids).logits, kept(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(merged(input_ids=ids).logits, load_model(home / "llama", "cpu")(input_ids=ids).logits)
+    before = load_model(home / "llama", "cpu")
+    assert not torch.allclose(merged(input_ids=ids).logits, before(input_ids=ids).logits)
+    moved = not torch.equal(merged.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert moved == bool(embeddings)
+    tied = before.get_output_embeddings().weight is before.get_input_embeddings().weight
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
     assert_scores_are_of(merged, home, tmp_path / "merged")
     assert not (tmp_path / "kept" / "model" / "model.safetensors").exists()
     assert "library_name: peft" in (tmp_path / "kept" / "model" / "README.md").read_text()

@@ -85,6 +85,7 @@ INVALID = {
     "eval twice": (["--eval", "a=x", "--eval", "a=y"], "--eval: each set must have a name of its own, got 'a' twice"),
     "eval reserved": (["--eval", "forget=x"], "each set must have a name of its own, got 'forget' twice"),
     "adapter": (["--keep-adapter"], "--keep-adapter: needs --lora R"),
+    "embeddings": (["--lora-embeddings"], "--lora-embeddings: needs --lora R"),
     "alpha": (["--lora-alpha", "3"], "--lora-alpha: needs --lora R"),
     "adapter's dtype": (["--lora", "2", "--keep-adapter", "--save-dtype", "float16"], "--save-dtype: an adapter is"),
     "beta": (["--method", "ga", "--beta", "1"], "--beta: --method ga has none"),

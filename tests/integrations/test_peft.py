@@ -68,6 +68,43 @@ def test_a_fresh_adapter_in_the_metric_of_the_retain_loss(tmp_path):
     assert 1e-7 < min(of_a) <= max(of_a) < max(of_b) / 4
 
 
+def with_embeddings(seed=0):
+    """A fresh adapter beside which the token embeddings are trained, which are the output layer too."""
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(1)
+    return peft.get_peft_model(tiny_llama(seed, tie_word_embeddings=True), config)
+
+
+def test_token_embeddings_beside_the_adapter_in_the_metric_of_the_retain_loss(tmp_path):
+    """The reference has the embeddings as they were: the adapter that is switched off takes its copy of them along."""
+    model, expected = with_embeddings(), with_embeddings()
+    options = {"metric": "retain", "gamma": 0.3}
+    made = trainer(
+        tmp_path,
+        model,
+        forget_loss="npo",
+        retain_loss="kl",
+        more={"reference": "adapter"},
+        max_grad_norm=0.1,
+        **options,
+    )
+    made.train()
+    base = tiny_llama(tie_word_embeddings=True)
+    train(expected, base, FORGET, RETAIN, ("npo", "kl"), steps=4, accumulate=2, max_norm=0.1, **options)
+    assert_same(model, expected)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert len(trained) == 1
+    merged = model.merge_and_unload()
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert not torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
 def test_merged_and_saved(tmp_path):
     from transformers import AutoModelForCausalLM
 
