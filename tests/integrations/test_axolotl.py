@@ -67,9 +67,11 @@ def load(path):
     return load_cfg(path)
 
 
-def test_the_plugin_trains_as_by_hand(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"metric": "retain", "gamma": 0.3}], ids=["euclidean", "retain metric"])
+def test_the_plugin_trains_as_by_hand(tmp_path, monkeypatch, options):
     monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
-    cfg = load(configuration(tmp_path))
+    (block,) = blocks("axolotl")
+    cfg = load(configuration(tmp_path, blur=yaml.safe_load(block)["blur"] | options))
     from axolotl.integrations.base import PluginManager
     from axolotl.train import train as axolotl_train
 
@@ -84,9 +86,8 @@ def test_the_plugin_trains_as_by_hand(tmp_path, monkeypatch):
     assert type(trainer).__mro__[2].__name__ != "Trainer"
     last = [line for line in trainer.state.log_history if "forget_loss" in line][-1]
     expected = tiny_llama(max_position_embeddings=LENGTH)
-    statistics = train(
-        expected, tiny_llama(max_position_embeddings=LENGTH), forget, retain, steps=3, accumulate=2, max_norm=0.5
-    )
+    base = tiny_llama(max_position_embeddings=LENGTH)
+    statistics = train(expected, base, forget, retain, steps=3, accumulate=2, max_norm=0.5, **options)
     assert last["blur_cosine"] == pytest.approx(float(statistics.cosine), rel=1e-3)
     for p, e in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, e, rtol=1e-5, atol=1e-6)

@@ -26,7 +26,8 @@ def rows_of(prepared):
 
 
 @pytest.mark.filterwarnings("ignore")  # Of TRL and datasets.
-def test_chats_with_assistant_masks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"metric": "retain", "gamma": 0.3}], ids=["euclidean", "retain metric"])
+def test_chats_with_assistant_masks(tmp_path, monkeypatch, options):
     from datasets import Dataset
 
     monkeypatch.chdir(tmp_path)
@@ -36,6 +37,7 @@ def test_chats_with_assistant_masks(tmp_path, monkeypatch):
     for own, added in ADDED.items():
         assert own in code
         code = code.replace(own, f"{own}, {added}")
+    code = code.replace("learning_rate=1e-5", f"**{options}, learning_rate=1e-5")
     exec(compile(code, "docs/integrations.md", "exec"), names)
     forget, retain = rows_of(names["prepared"].eval_dataset), rows_of(names["prepared"].train_dataset)
     for row, chat in zip(forget, chats(5, 1), strict=True):
@@ -43,6 +45,6 @@ def test_chats_with_assistant_masks(tmp_path, monkeypatch):
         # Only the answer is trained on, and the end of the turn.
         assert [label for label in row["labels"] if label != -100] == [*answer, names["tokenizer"].eos_token_id]
     expected = tiny_llama()
-    train(expected, tiny_llama(), forget, retain, steps=3, accumulate=2, max_norm=0.5, lr=1e-5)
+    train(expected, tiny_llama(), forget, retain, steps=3, accumulate=2, max_norm=0.5, lr=1e-5, **options)
     for p, e in zip(names["model"].parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, e, rtol=1e-6, atol=1e-8)
