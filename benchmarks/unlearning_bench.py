@@ -40,6 +40,23 @@ FIELDS = (
     "utility_questions",
 )
 EMBEDDINGS = ("trained", "frozen", "only")
+# What makes results other than the preset's: their report must not take the place of its.
+OTHER_RESULTS = (
+    "model",
+    "subset",
+    "authors",
+    "blocks",
+    "lrs",
+    "tuning_weights",
+    "steps",
+    "batch_size",
+    "accumulation",
+    "looks",
+    "warm_up",
+    "lora_rank",
+    "embeddings",
+    "stop",
+)
 LISTS = ("methods", "seeds", "lrs", "tuning_weights", "blocks")
 
 
@@ -71,7 +88,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="a size (0.8m, 1m, 3m, 10m), trained from nothing; or a folder or a name of the hub")
     add("--retrained", metavar="MODEL", help="with --form paper: the model that never saw what is forgotten")
     add("--gguf-file", metavar="FILE", help="the file in the --model folder, where that is how it comes")
-    add("--name", help="of the report; needed beside --model or --subset, for the results to keep apart")
+    add("--name", help="of the report; needed where results are other than the preset's, to keep them apart")
     add("--methods", nargs="+", metavar="ID", help="such as npo+nll/blur; default: those of the preset")
     add("--seeds", nargs="+", type=int, metavar="N", help="held-out seeds (default: 1 2 3); 0 is for tuning")
     add("--lrs", nargs="+", type=float, metavar="LR", help="learning rates that tuning tries, each with each weight")
@@ -103,8 +120,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options.track = options.track or (list(TRACKS) if with_all else ["tofu"])
     if options.data and len(options.track) > 1:
         parser.error("--data must be that of one --track. For several, give --data-dir.")
-    others = ("model", "subset", "authors", "blocks", "lrs", "tuning_weights", "warm_up", "embeddings")
-    other = [name for name in others if getattr(options, name) is not None]
+    if options.name and len(options.track) > 1:
+        parser.error("--name must be that of the report of one --track, and there are several.")
+    other = [name for name in OTHER_RESULTS if getattr(options, name) is not None]
     if other and not options.name and options.form != "paper":
         flag = f"--{other[0].replace('_', '-')}"
         parser.error(f"--name must be given with {flag}: these are other results than the preset's.")

@@ -1,5 +1,6 @@
 """Find out what cannot work before anything is trained."""
 
+import math
 from itertools import pairwise
 
 from shared_lib.errors import InputError
@@ -31,21 +32,45 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             f"--embeddings must be trained with --lora-rank, and frozen or only without, got {settings.embeddings!r}."
         )
+    for name in ("steps", "batch_size", "accumulation", "looks"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}.")
     if settings.steps < settings.looks:
         raise InputError(
             f"--steps must be at least {settings.looks}, as often as a run is looked at, got {settings.steps}."
         )
+    if settings.lora_rank < 0:
+        raise InputError(f"--lora-rank must be at least 1, or left out for all weights, got {settings.lora_rank}.")
     if not 0 <= settings.warm_up <= 1:
         raise InputError(f"--warm-up must be a share of the steps, from 0 to 1, got {settings.warm_up}.")
     for name, values in (("--lrs", settings.lrs), ("--tuning-weights", settings.tuning_weights)):
-        if len(set(values)) < len(values) or min(values) <= 0:
+        if len(set(values)) < len(values) or not all(math.isfinite(value) and value > 0 for value in values):
             raise InputError(f"{name} must be positive and different, got {' '.join(map(str, values))}.")
-    firsts = pairwise(sorted(settings.blocks))
-    least = min((second - first for first, second in firsts), default=settings.authors)
-    if settings.blocks and not 0 < settings.authors <= least:
+    _check_blocks(settings)
+    check_device(settings.device)
+    for number in range(len(settings.blocks) or 1):
+        load_data(settings, number)
+
+
+def _check_blocks(settings: Settings) -> None:
+    if settings.authors < 0:
+        raise InputError(f"--authors must be how many a model knows, or 0 for all there are, got {settings.authors}.")
+    if not settings.blocks:
+        return
+    given = " ".join(map(str, settings.blocks))
+    if settings.track != "tofu":
+        raise InputError(f"--blocks must be left out with --track {settings.track}: it has one set of data for all.")
+    if len(settings.blocks) < 2 or min(settings.blocks) < 0:
+        raise InputError(f"--blocks must be two or more, one to tune on and others to compare on, got {given}.")
+    least = min(second - first for first, second in pairwise(sorted(settings.blocks)))
+    if not 0 < settings.authors <= least:
         raise InputError(
             f"--blocks must be at least --authors apart, so that no two share rows: {settings.authors} authors from "
-            f"each of {' '.join(map(str, settings.blocks))} on."
+            f"each of {given} on."
         )
-    check_device(settings.device)
-    load_data(settings)
+    tuned = settings.tuning_seed % settings.targets
+    if on_it := [seed for seed in settings.seeds if seed % settings.targets == tuned]:
+        raise InputError(
+            f"--seeds must not fall on the block that is tuned on, as {' '.join(map(str, on_it))} would: which of the "
+            f"--blocks a seed takes is its remainder by {settings.targets}, their number."
+        )

@@ -85,6 +85,7 @@ def add_adapter(model: Model, options: argparse.Namespace) -> Any:
     # Each checkpoint would say so of a folder with a GGUF file. The vocabulary is never modified here.
     warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     torch.manual_seed(options.seed)
+    tied = _are_tied(model)
     config = LoraConfig(
         r=options.lora,
         lora_alpha=options.lora_alpha or 2 * options.lora,
@@ -96,30 +97,32 @@ def add_adapter(model: Model, options: argparse.Namespace) -> Any:
     try:
         with warnings.catch_warnings():  # peft reads the older of two names that transformers has for one attribute.
             warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"--lora-targets: {str(error).splitlines()[0]}") from error
+            adapted = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:  # TypeError: an adapter on what is trained whole.
+        also = " --lora-embeddings trains the token embeddings whole." if options.lora_embeddings else ""
+        raise InputError(f"--lora-targets: {str(error).splitlines()[0]}{also}") from error
+    if options.lora_embeddings and tied and not _are_tied(adapted.base_model.model):
+        raise InputError(
+            "--lora-embeddings: this model's output layer is its token embeddings, and peft would train a copy for the "
+            "input alone. It keeps them one from version 0.18 on, if they are named embed_tokens. Leave the option out."
+        )
+    return adapted
 
 
 def _embeddings_too(model: Model) -> dict[str, Any]:
-    """Return what a LoraConfig needs to train the token embeddings, which stay the output layer where they are that.
-
-    Raises:
-        InputError: peft would part the two.
-    """
+    """Return what a LoraConfig needs to train the token embeddings, and the output layer with them where it is them."""
     from peft import LoraConfig
 
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    output = model.get_output_embeddings()
-    if output is None or output.weight is not embeddings.weight:
-        return {"modules_to_save": [name.rpartition(".")[2]]}
-    if "ensure_weight_tying" not in {field.name for field in fields(LoraConfig)}:
-        raise InputError(
-            "--lora-embeddings: this model's output layer is its token embeddings, which this peft would part. "
-            "`pip install --upgrade peft`, to 0.18 or later."
-        )
-    return {"modules_to_save": [name.rpartition(".")[2]], "ensure_weight_tying": True}
+    known = {field.name for field in fields(LoraConfig)}
+    tying = {"ensure_weight_tying": True} if _are_tied(model) and "ensure_weight_tying" in known else {}
+    return {"modules_to_save": [name.rpartition(".")[2]], **tying}
+
+
+def _are_tied(model: Any) -> bool:
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    return output is not None and output.weight is embeddings.weight
 
 
 def finish(model: Any, options: argparse.Namespace) -> Any:

@@ -121,11 +121,12 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Tell what is not as it was, in terms of options."""
+    """Tell what is not as it was, in terms of options. One that the earlier run did not know yet was not given then."""
+    before = {n: earlier["settings"].get(n, None if value else value) for n, value in now["settings"].items()}
     found = [
-        f"{_option(name)} was {earlier['settings'].get(name)!r}, now {value!r}"
+        f"{_option(name)} was {before[name]!r}, now {value!r}"
         for name, value in now["settings"].items()
-        if earlier["settings"].get(name) != value
+        if before[name] != value
     ]
     found += [
         f"the rows of {option} have changed"

@@ -8,6 +8,7 @@ from quickstart_lib.authors import invent_rows
 from shared_lib.errors import InputError
 from shared_lib.rows import Row
 from unlearning.settings import Settings
+from unlearning.tracks import tofu
 from unlearning.tracks.tofu import TofuData
 
 SETTINGS = Settings("tiny", "short", "tofu", "", "forget01", authors=8)
@@ -41,9 +42,16 @@ def test_of_coupled_authors_every_second_row_is_forgotten_and_the_others_are_reh
     [
         ({"subset": "forget50"}, "--subset must be one of forget01, .*coupled05, got 'forget50'"),
         ({"blocks": (4,)}, "one for each target"),
-        ({"authors": 0}, "blocks must come with authors"),
+        ({"authors": 0}, "--blocks must come with --authors"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         TofuData(replace(BLOCKS, **changes), 1)
+
+
+def test_a_block_of_authors_that_there_are_not_is_refused() -> None:
+    rows = invent_rows(8, seed=0)
+    assert len(tofu._block(rows, replace(BLOCKS, blocks=(0, 3)), 1)) == 100
+    with pytest.raises(InputError, match="--blocks must be of authors that there are, got 5 from number 4 on"):
+        tofu._block(rows, replace(BLOCKS, blocks=(0, 4)), 1)

@@ -124,6 +124,14 @@ def assert_scores_are_of(model: Any, home: Path, out: Path) -> None:
     assert results_of(out)["scores"]["forget"]["after"]["probability"] == pytest.approx(expected, rel=rel)
 
 
+def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let peft's configuration have no such field, as an older one."""
+    from unlearn_lib import models
+
+    fields = models.fields
+    monkeypatch.setattr(models, "fields", lambda cls: [field for field in fields(cls) if field.name != name])
+
+
 # peft 0.21 reads the older of two names that transformers 5.23 has for it, also where it only loads.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("embeddings", [(), ("--lora-embeddings", "--metric", "retain")], ids=["alone", "embeddings"])
@@ -147,8 +155,16 @@ def test_an_adapter_is_merged_or_kept(
     assert_scores_are_of(merged, home, tmp_path / "merged")
     assert not (tmp_path / "kept" / "model" / "model.safetensors").exists()
     assert "library_name: peft" in (tmp_path / "kept" / "model" / "README.md").read_text()
-    with pytest.raises(InputError, match=r"--lora-targets: Target modules .*nowhere"):
-        run_here(monkeypatch, home, tmp_path / "x", "--lora", "2", "--lora-targets", "nowhere")
+    more = ["--lora", "2", *embeddings]
+    with pytest.raises(InputError, match=r"--lora-targets: (Target modules .*nowhere|No modules were targeted)"):
+        run_here(monkeypatch, home, tmp_path / "x", *more, "--lora-targets", "nowhere")
+    if embeddings:
+        with pytest.raises(InputError, match=r"--lora-targets: .* --lora-embeddings trains the token embeddings whole"):
+            run_here(monkeypatch, home, tmp_path / "x", *more, "--lora-targets", "q_proj,lm_head")
+        without(monkeypatch, "ensure_weight_tying")
+        parted = pytest.raises(InputError, match=r"--lora-embeddings: .* keeps them one from version 0.18 on")
+        with parted, pytest.warns(UserWarning, match="ensure_weight_tying"):
+            run_here(monkeypatch, home, tmp_path / "x", *more)
     assert not (tmp_path / "x").exists()  # The corrected command may have the folder.
 
 

@@ -43,7 +43,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     more = ["--epochs", "15", "--save-steps", "3", "--batch-size", "3"]
     if number == signal.SIGTERM:
         pytest.importorskip("peft", reason="peft is not installed")
-        more += ["--lora", "4", "--lora-dropout", "0.1"]
+        more += ["--lora", "4", "--lora-dropout", "0.1", "--lora-embeddings", "--metric", "retain"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     script = Script(UNLEARN, arguments(home, killed, *more), tmp_path / "printed")
     (process,) = script.processes

@@ -1,6 +1,7 @@
 """The report as GitHub Markdown."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from . import numbers
 from .compare import NO_PAIR, ONE_SEED, TAUS, TRIFLE, Paired
@@ -170,11 +171,13 @@ def _head(summary: Summary) -> Iterator[str]:
         "data": values.get("data"),
         "rows": ", ".join(f"{kind} {count}" for kind, count in rows.items()),
         "model": f"{model.get('name', 'unnamed')}, {size:,} parameters" if size else model.get("name"),
+        "trained": _trained(values),
         "methods": ", ".join(f"`{method.id}`" for method in setting.methods),
         "weights w": _weights(summary),
         "learning rates tried": ", ".join(map(numbers.weight, setting.lrs)),
         "seeds": f"{', '.join(map(str, setting.seeds))}; tuned on {setting.tuning_seed}",
-        "each run": f"{values.get('steps', '?')} steps of {_rows_a_step(values)} rows to forget and as many to retain",
+        "each run": f"{values.get('steps', '?')} steps of {_rows_a_step(values)} rows to forget and as many to retain"
+        + _warm_up(values),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
     }
     yield _list(f"{name}: {fact}" for name, fact in facts.items() if fact)
@@ -184,6 +187,22 @@ def _head(summary: Summary) -> Iterator[str]:
         "alike for all. *Target*: the model that runs begin from. *Retrained*: never saw the rows to forget. "
         "*Untouched*: rows that were known before and are neither forgotten nor rehearsed."
     )
+
+
+def _trained(values: Mapping[str, Any]) -> str | None:
+    """Return which weights are trained, where that is not all of them."""
+    rank, embeddings = values.get("lora_rank"), values.get("embeddings")
+    known = {"frozen": "all weights but the token embeddings", "only": "the token embeddings alone"}
+    if not rank:
+        return known.get(embeddings or "")
+    return f"LoRA adapters of rank {rank}" + (" and the token embeddings" if embeddings else "")
+
+
+def _warm_up(values: Mapping[str, Any]) -> str:
+    share = values.get("warm_up")
+    if share in (None, 0.1):
+        return ""
+    return f"; the learning rate rises over {numbers.percent(share)} of them" if share else "; without warm-up"
 
 
 def _weights(summary: Summary) -> str:

@@ -112,11 +112,11 @@ def _block(rows: list[Row], settings: Settings, number: int) -> list[Row]:
     if not settings.blocks:
         return rows[-settings.authors * ROWS_PER_AUTHOR :] if settings.authors else rows
     if not settings.authors or number >= len(settings.blocks):
-        raise InputError(f"blocks must come with authors and be one for each target, got {settings.blocks}.")
+        raise InputError(f"--blocks must come with --authors and be one for each target, got {settings.blocks}.")
     first = settings.blocks[number]
     block = rows[first * ROWS_PER_AUTHOR : (first + settings.authors) * ROWS_PER_AUTHOR]
     if len(block) < settings.authors * ROWS_PER_AUTHOR:
-        raise InputError(f"A block must be of authors that there are, got {settings.authors} from number {first}.")
+        raise InputError(f"--blocks must be of authors that there are, got {settings.authors} from number {first} on.")
     return block
 
 
