@@ -171,6 +171,15 @@ def look_quantized(model: Model, task: Task, settings: Settings) -> Look:
     return look_at(rounded, task, settings)
 
 
+def look_restored(model: Model, before: Model, task: Task, settings: Settings) -> Look:
+    """Look at a copy of the model that has the target's token embeddings again, and the output layer where it is the
+    same matrix: what was forgotten in them alone comes back."""
+    restored = copy.deepcopy(model)
+    with torch.no_grad():
+        restored.get_input_embeddings().weight.copy_(before.get_input_embeddings().weight)
+    return look_at(restored, task, settings)
+
+
 def rounded_to_4_bits(weight: Tensor) -> Tensor:
     r"""Round to the nearest of 15 equally spaced levels, :math:`s\,\{-7, ..., 7\}` with :math:`s = \max|w|/7` of each
     group of 32 in a row (the last may be shorter): plain round-to-nearest, as weight-only int4 formats have it."""

@@ -17,7 +17,17 @@ from shared_lib.models import Model, load_model, load_tokenizer, quiet_transform
 
 from . import targets
 from .jobs import FORMAT, Job, result_file, setting_folder, write_json, yardstick_file
-from .loop import KINDS, Look, Unlearning, look_at, look_quantized, looks_on_the_line, probabilities, relearn
+from .loop import (
+    KINDS,
+    Look,
+    Unlearning,
+    look_at,
+    look_quantized,
+    look_restored,
+    looks_on_the_line,
+    probabilities,
+    relearn,
+)
 from .losses import Before
 from .methods import parse_method
 from .settings import Settings
@@ -99,6 +109,7 @@ class Workshop:
         if job.full_scores and not run.diverged:
             result["scores"] = task.judge(run.model, self._reference(number))[0]
             result["quantized"] = look_quantized(run.model, task, self.settings)
+            result["restored"] = look_restored(run.model, run.before.model, task, self.settings)
             if self.settings.relearning_steps:
                 result["relearning"] = relearn(run.model, task, self.settings, job.seed)
         result |= {"seconds": time.perf_counter() - start, "threads": self.settings.threads}

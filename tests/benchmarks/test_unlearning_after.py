@@ -12,6 +12,7 @@ from unlearning import loop
 from unlearning.loop import (
     look_at,
     look_quantized,
+    look_restored,
     looks_on_the_line,
     mean_log_probs,
     relearn,
@@ -107,3 +108,16 @@ def test_a_look_in_4_bits_leaves_the_model_as_it_is(before: Before) -> None:
     look = look_quantized(model, TASK, SETTINGS)
     assert changed(model, start) == set()
     assert look["forget"] != look_at(model, TASK, SETTINGS)["forget"]
+
+
+def test_with_the_old_embeddings_a_model_that_changed_in_them_alone_is_as_before(before: Before) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.5)
+    start = weights(model)
+    look = look_restored(model, before.model, TASK, SETTINGS)
+    assert changed(model, start) == set()
+    assert look == look_at(before.model, TASK, SETTINGS) != look_at(model, TASK, SETTINGS)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    assert look_restored(model, before.model, TASK, SETTINGS)["forget"] != look["forget"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from unlearning.report.compare import Paired, spread
 from unlearning.report.load import load
 from unlearning.report.markdown import table_text
 from unlearning.report.summary import Summary, summarize
+from unlearning.report.table import Table
 
 SUM, BLUR = "npo+nll/weighted_sum", "npo+nll/blur"
 START = measured(-0.02, 0.9, 0.8)
@@ -109,14 +111,19 @@ def test_a_run_would_have_stopped_at_the_level_of_rows_never_seen(tmp_path: Path
     assert kept_at_end.mean == pytest.approx(0.92)
 
 
-def test_probabilities_in_4_bits_stand_beside_those_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "table"), [("quantized", tables.quantized_table), ("restored", tables.restored_table)]
+)
+def test_probabilities_in_4_bits_and_with_old_embeddings_stand_beside_those_before(
+    name: str, table: Callable[[Summary], Table | None], tmp_path: Path
+) -> None:
     selected = {name: {"lr": LR, "weight": 1.0} for name in (SUM, BLUR)}
     runs = hand_made()
-    assert tables.quantized_table(summary_of(tmp_path / "none", runs, selected=selected)) is None
+    assert table(summary_of(tmp_path / "none", runs, selected=selected)) is None
     for run in runs:
         if run["job"]["method"] == BLUR:
-            run["quantized"] = kept(-1.0, 0.5)
-    rows = by_label(tables.quantized_table(summary_of(tmp_path / "some", runs, selected=selected)))
+            run[name] = kept(-1.0, 0.5)
+    rows = by_label(table(summary_of(tmp_path / "some", runs, selected=selected)))
     assert list(rows) == ["NPO + NLL: BLUR"]
     means = [cell.mean for cell in rows["NPO + NLL: BLUR"][1:]]
     before = sum(math.exp(level) for level in (-4.5, -5.1, -3.9)) / 3

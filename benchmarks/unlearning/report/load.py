@@ -91,6 +91,7 @@ class Run:
     final: Measured | None
     scores: dict[str, float | None] | None
     quantized: Measured | None
+    restored: Measured | None
     relearning: tuple[Relearning, ...]
     diverged: bool
     seconds: float
@@ -300,6 +301,7 @@ def _run(fields: Fields) -> Run:
         final=None if diverged else _measured(fields.child("final")),
         scores=_scores(fields),
         quantized=_measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
+        restored=_measured_or_none(fields.child("restored")) if fields.values.get("restored") else None,
         relearning=_relearning(fields),
         diverged=diverged,
         seconds=fields.number_or_none("seconds") or 0.0,

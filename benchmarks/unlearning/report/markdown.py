@@ -105,6 +105,12 @@ SECTIONS = {
         "Probabilities before and after the matrices are rounded to 4 bits (nearest, in groups of 32), at the selected "
         "weight. What was only hidden can come back.",
     ),
+    "restored": (
+        "With the old token embeddings",
+        None,
+        "Probabilities before and after the target's token embeddings are put back, at the selected weight: what was "
+        "forgotten in them alone comes back, and who has them can have it.",
+    ),
     "stopping": (
         "Stopping",
         None,
@@ -115,7 +121,7 @@ SECTIONS = {
 }
 
 
-OPTIONAL = ("line", "tuning", "quantized", "stopping")  # only some settings look there
+OPTIONAL = ("line", "tuning", "quantized", "restored", "stopping")  # only some settings look there
 
 
 def pairs(cell: Paired) -> str:

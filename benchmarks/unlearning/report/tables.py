@@ -182,20 +182,30 @@ def _relearning(curves: Sequence[tuple[Relearning, ...]]) -> tuple[Cell, ...]:
 
 def quantized_table(summary: Summary) -> Table | None:
     """Probabilities before and after rounding to 4 bits; None where nothing was rounded."""
-    rows = []
-    for label, yardsticks in _yardsticks(summary):
-        rows.append((label, *_before_and_after([(y.final, y.quantized) for y in yardsticks])))
-    for method in summary.methods:
-        rows.append(
-            (method.method.label, *_before_and_after([(run.final, run.quantized) for run in method.selected_runs]))
-        )
-    names = [f"p_{kind}, {when}" for kind in KINDS for when in _WHEN]
-    rows = [row for row in rows if row[1] is not None]
-    return (
-        Table("quantized", "In 4 bits", (METHOD, *(Column(n, PROBABILITY) for n in names)), tuple(rows))
-        if rows
-        else None
-    )
+    rows = [
+        (label, *_before_and_after([(y.final, y.quantized) for y in yardsticks]))
+        for label, yardsticks in _yardsticks(summary)
+    ]
+    rows += [
+        (method.method.label, *_before_and_after([(run.final, run.quantized) for run in method.selected_runs]))
+        for method in summary.methods
+    ]
+    return _before_and_after_table("quantized", "In 4 bits", rows)
+
+
+def restored_table(summary: Summary) -> Table | None:
+    """Probabilities before and after the token embeddings were put back; None where they were not."""
+    rows = [
+        (method.method.label, *_before_and_after([(run.final, run.restored) for run in method.selected_runs]))
+        for method in summary.methods
+    ]
+    return _before_and_after_table("restored", "With the old token embeddings", rows)
+
+
+def _before_and_after_table(name: str, title: str, rows: Sequence[tuple[Cell, ...]]) -> Table | None:
+    columns = [Column(f"p_{kind}, {when}", PROBABILITY) for kind in KINDS for when in _WHEN]
+    measured = tuple(row for row in rows if row[1] is not None)
+    return Table(name, title, (METHOD, *columns), measured) if measured else None
 
 
 def _before_and_after(pairs: Sequence[tuple[Measured | None, Measured | None]]) -> tuple[Spread | None, ...]:
@@ -298,6 +308,7 @@ def all_tables(summary: Summary) -> dict[str, tuple[Table, ...]]:
         "tuning": tuple(table for table in (tuning_table(summary), one_setting_table(summary)) if table),
         "relearning": tuple(table for table in [relearning_table(summary)] if table),
         "quantized": tuple(table for table in [quantized_table(summary)] if table),
+        "restored": tuple(table for table in [restored_table(summary)] if table),
         "stopping": tuple(table for table in [stopping_table(summary)] if table),
         "cost": tuple(table for table in [cost_table(summary)] if table),
     }
