@@ -153,6 +153,22 @@ def tell_plan(console: Console, tokenizer: Tokenizer, data: Data, options: argpa
     console.print("Dry run: no weights were loaded, nothing was written.")
 
 
+def tell_metric(console: Console, options: argparse.Namespace) -> None:
+    """Say what the metric of the retain loss needs that was not given."""
+    if options.stop_at is None:
+        console.print(
+            "--metric retain does not stop by itself: --stop-at FILE ends the run where the rows to forget are as "
+            "improbable as rows never seen.",
+            soft_wrap=True,
+        )
+    if options.lora and not options.lora_embeddings:
+        console.print(
+            "--metric retain gains little with adapters alone (docs/results/unlearning/reading.md): --lora-embeddings "
+            "trains the token embeddings beside them.",
+            soft_wrap=True,
+        )
+
+
 def main() -> None:
     """Read everything, unlearn, tell."""
     options = parse_options()
@@ -167,12 +183,8 @@ def main() -> None:
     folder = RunFolder(options.out, facts)
     args = make_arguments(options, folder.training)
     tell_data(console, data)
-    if options.metric == "retain" and options.stop_at is None:
-        console.print(
-            "--metric retain does not stop by itself: --stop-at FILE ends the run where the rows to forget are as "
-            "improbable as rows never seen.",
-            soft_wrap=True,
-        )
+    if options.metric == "retain":
+        tell_metric(console, options)
     something_to_do = prepare(options, args, folder)
     if options.dry_run:
         tell_plan(console, tokenizer, data, options)

@@ -176,6 +176,10 @@ def test_a_dry_run_writes_nothing(
     told = capsys.readouterr().out
     assert "'Question: " in told
     assert "6 steps would be taken" in told  # 8 rows are three batches, which are two steps, three times.
+    assert "--metric" not in told
+    for lora, hints in (([], 1), (["--lora", "2"], 2), (["--lora", "2", "--lora-embeddings"], 1)):
+        run_here(monkeypatch, home, tmp_path / "out", "--dry-run", "--metric", "retain", *lora)
+        assert capsys.readouterr().out.count("--metric retain ") == hints
     assert not (tmp_path / "out").exists()
     run_here(monkeypatch, home, tmp_path / "out", *more[1:])
     assert results_of(tmp_path / "out")["steps"] == 6
