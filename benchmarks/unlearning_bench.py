@@ -17,37 +17,11 @@ from unlearning.presets import FORMS, preset
 from unlearning.settings import Settings
 from unlearning.tracks import TRACKS
 
-FIELDS = (
-    "data",
-    "subset",
-    "model",
-    "retrained",
-    "gguf_file",
-    "authors",
-    "name",
-    "steps",
-    "batch_size",
-    "accumulation",
-    "looks",
-    "warm_up",
-    "lora_rank",
-    "embeddings",
-    "stop",
-    "device",
-    "dtype",
-    "retain_data",
-    "questions",
-    "utility_questions",
-)
-EMBEDDINGS = ("trained", "frozen", "only")
 # What makes results other than the preset's: their report must not take the place of its.
-OTHER_RESULTS = (
-    "model",
+CHANGES = (
     "subset",
+    "model",
     "authors",
-    "blocks",
-    "lrs",
-    "tuning_weights",
     "steps",
     "batch_size",
     "accumulation",
@@ -57,7 +31,11 @@ OTHER_RESULTS = (
     "embeddings",
     "stop",
 )
-LISTS = ("methods", "seeds", "lrs", "tuning_weights", "blocks")
+CHANGED_LISTS = ("lrs", "tuning_weights", "blocks")
+SOURCES = ("data", "retrained", "gguf_file", "retain_data", "questions", "utility_questions")
+FIELDS = (*SOURCES, *CHANGES, "name", "device", "dtype")
+LISTS = ("methods", "seeds", *CHANGED_LISTS)
+EMBEDDINGS = ("trained", "frozen", "only")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -118,17 +96,21 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options.data_dir = Path(options.data_dir) if options.data_dir else None
     with_all = options.data_dir and not options.data and options.form != "pretrained"
     options.track = options.track or (list(TRACKS) if with_all else ["tofu"])
+    _check_together(parser, options)
+    return options
+
+
+def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.data and len(options.track) > 1:
         parser.error("--data must be that of one --track. For several, give --data-dir.")
     if options.name and len(options.track) > 1:
         parser.error("--name must be that of the report of one --track, and there are several.")
-    other = [name for name in OTHER_RESULTS if getattr(options, name) is not None]
+    other = [name for name in (*CHANGES, *CHANGED_LISTS) if getattr(options, name) is not None]
     if other and not options.name and options.form != "paper":
         flag = f"--{other[0].replace('_', '-')}"
         parser.error(f"--name must be given with {flag}: these are other results than the preset's.")
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}.")
-    return options
 
 
 def data_in(folder: Path, track: str, cache: Path) -> str:

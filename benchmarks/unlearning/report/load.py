@@ -241,7 +241,7 @@ def _yardstick(fields: Fields) -> Yardstick:
         _scores(fields) or {},
         _relearning(fields),
         _probability(fields.child("unseen")) if fields.values.get("unseen") else None,
-        _measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
+        _measured_if_there(fields, "quantized"),
     )
 
 
@@ -260,6 +260,10 @@ def _measured_or_none(fields: Fields) -> Measured | None:
         if values is None or (isinstance(values, dict) and _has_nothing(values)):
             return None
     return _measured(fields)
+
+
+def _measured_if_there(fields: Fields, name: str) -> Measured | None:
+    return _measured_or_none(fields.child(name)) if fields.values.get(name) else None
 
 
 def _has_nothing(values: dict[str, Any]) -> bool:
@@ -300,8 +304,8 @@ def _run(fields: Fields) -> Run:
         steps=tuple(_step(entry) for entry in fields.children("steps")) if fields.values.get("steps") else (),
         final=None if diverged else _measured(fields.child("final")),
         scores=_scores(fields),
-        quantized=_measured_or_none(fields.child("quantized")) if fields.values.get("quantized") else None,
-        restored=_measured_or_none(fields.child("restored")) if fields.values.get("restored") else None,
+        quantized=_measured_if_there(fields, "quantized"),
+        restored=_measured_if_there(fields, "restored"),
         relearning=_relearning(fields),
         diverged=diverged,
         seconds=fields.number_or_none("seconds") or 0.0,
