@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from shared_lib.encoding import IGNORE_INDEX, Batch, Example, batches_in_order, collate
+from shared_lib.encoding import Batch, Example, batches_in_order, collate
 from shared_lib.models import Model, logits_of
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from blur_optim.losses import (
     dpo_loss,
     ga_loss,
     kl_loss,
+    logit_margin_loss,
     nll_loss,
     npo_loss,
     rmu_forget_loss,
@@ -127,15 +128,6 @@ class Losses:
         with capture_activations(model.model.layers[self.settings.layers[-1]]) as captured:
             model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         return captured.output
-
-
-def logit_margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""Flatten the prediction of every answer token; 0 where it is uniform.
-
-    .. math:: \mathrm{mean}_t \bigl(\max_v z_{t,v} - \mathrm{mean}_v z_{t,v}\bigr)^2      (PDU, arXiv:2506.05314)
-    """
-    predicted = logits[:, :-1][labels[:, 1:] != IGNORE_INDEX]
-    return (predicted.max(dim=-1).values - predicted.mean(dim=-1)).square().mean()
 
 
 def batch_rows(examples: list[Example]) -> int:

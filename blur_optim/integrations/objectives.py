@@ -16,6 +16,7 @@ from blur_optim.losses import (
     dpo_loss,
     ga_loss,
     kl_loss,
+    logit_margin_loss,
     nll_loss,
     npo_loss,
     reference_log_probs,
@@ -42,7 +43,9 @@ from blur_optim.losses.forward import model_logits as logits_of
 #: ``(model, batch) -> loss``: the model as the loop has wrapped it, one half's batch on its device, a 0-d tensor.
 Loss = Callable[[Any, Any], Tensor]
 
-FORGET_LOSSES = ("ga", "npo", "simnpo", "dpo", "idk")
+FORGET_LOSSES = ("ga", "npo", "simnpo", "dpo", "idk", "margin")
+#: Which of them have an inverse temperature, beta.
+TEMPERED_LOSSES = ("npo", "simnpo", "dpo", "idk")
 RETAIN_LOSSES = ("nll", "kl")
 _COMPARE_ANSWERS = ("npo", "dpo", "idk")
 
@@ -93,7 +96,8 @@ def make_forget_loss(loss: str | Loss, reference: Reference, *, beta: float | No
     """Return a forget loss.
 
     Args:
-        loss: ``"ga"``, ``"npo"``, ``"simnpo"``, ``"dpo"`` (or ``"idk"``, the same), or a function, returned as it is.
+        loss: ``"ga"``, ``"npo"``, ``"simnpo"``, ``"dpo"`` (or ``"idk"``, the same), ``"margin"`` (of the logits), or a
+            function, returned as it is.
         reference: for NPO and DPO.
         beta: inverse temperature, > 0; None for the default of :mod:`blur_optim.losses`.
         delta: SimNPO's reward margin.
@@ -114,6 +118,7 @@ def make_forget_loss(loss: str | Loss, reference: Reference, *, beta: float | No
             _log_probs(model, batch), token_counts(batch["labels"]), delta=delta, **options
         ),
         "dpo": lambda model, batch: _dpo(model, batch, reference, options),
+        "margin": lambda model, batch: logit_margin_loss(logits_of(model, batch), batch["labels"]),
     }
     made["idk"] = made["dpo"]
     return _pick("forget_loss", loss, made)

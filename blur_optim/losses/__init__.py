@@ -1,4 +1,4 @@
-"""Forget losses (GA, NPO, SimNPO, DPO/IDK, RMU), retain losses (NLL, KL, RMU) and what they compare with.
+"""Forget losses (GA, NPO, SimNPO, DPO/IDK, logit margin, RMU), retain losses (NLL, KL, RMU) and what they compare with.
 
 Small functions on logits, labels, log-probabilities and activations, so that they serve any causal model.
 """
@@ -24,6 +24,7 @@ from blur_optim.losses.text import (
     dpo_loss,
     ga_loss,
     kl_loss,
+    logit_margin_loss,
     nll_loss,
     npo_loss,
     sequence_log_probs,
@@ -41,6 +42,7 @@ __all__ = [
     "dpo_loss",
     "ga_loss",
     "kl_loss",
+    "logit_margin_loss",
     "model_logits",
     "nll_loss",
     "npo_loss",

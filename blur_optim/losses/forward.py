@@ -157,7 +157,7 @@ def check_one_answer_a_row(batch: Mapping[str, Any]) -> None:
         raise ValueError(
             "`batch` must hold one answer in each row for NPO, SimNPO and DPO, which are means over answers, got rows "
             "that several were flattened into (`position_ids` begin anew). Use a collator that pads, or a loss that "
-            "is a mean over tokens ('ga', 'nll', 'kl')."
+            "is a mean over tokens ('ga', 'margin', 'nll', 'kl')."
         )
 
 

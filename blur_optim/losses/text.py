@@ -158,6 +158,33 @@ def simnpo_loss(log_probs: Tensor, token_counts: Tensor, beta: float = 2.5, delt
     return _preference_loss(-beta * upcast(log_probs) / token_counts.clamp(min=1) - delta, beta)
 
 
+def logit_margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Flatten the prediction of the answers to forget, and stop where it is flat (logit margin flattening).
+
+    .. math:: L_{margin} = \frac{1}{\sum_i |y_i|} \sum_{i,t}
+        \Big(\max_v z_{i,t,v} - \frac{1}{V} \sum_v z_{i,t,v}\Big)^2      (PDU, arXiv:2506.05314)
+
+    z: the logits that predict an answer token. Unlike NPO and SimNPO it is bounded below and has a minimum that can be
+    reached, the uniform prediction, so a run stops by itself; it needs no reference. What was likely instead of the
+    answer is flattened too. As a square of logits its gradient is large at first: in the Euclidean step and the
+    weighted sum γ is about 0.01, with ``metric="retain"``, which rescales it, of the size it has for the other losses.
+
+    Args:
+        logits: [B, T, V], floating point and finite: a padded vocabulary masked with -inf has no mean.
+        labels: [B, T] int64; -100 marks what takes no part. Only where they are counts, not which.
+    Returns:
+        0-d float32, >= 0; 0 for a batch without labels.
+    Raises:
+        TypeError, ValueError: as :func:`sequence_log_probs`.
+    """
+    check_logits(logits, labels)
+    predicted = _predicted(labels)
+    # Reduced before it is widened: a float32 copy of bfloat16 logits would be twice their size.
+    largest = upcast(logits.max(dim=-1).values)
+    margins = (largest - logits.mean(dim=-1, dtype=largest.dtype)).masked_fill(~predicted, 0.0)
+    return masked_mean(margins.square(), predicted)
+
+
 def dpo_loss(
     chosen_log_probs: Tensor,
     rejected_log_probs: Tensor,

@@ -7,7 +7,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blur_optim.losses import ga_loss, nll_loss, npo_loss, run_model, sequence_log_probs, simnpo_loss, token_counts
+from blur_optim.losses import (
+    ga_loss,
+    logit_margin_loss,
+    nll_loss,
+    npo_loss,
+    run_model,
+    sequence_log_probs,
+    simnpo_loss,
+    token_counts,
+)
 from blur_optim.losses.forward import router_loss
 
 from .data import Batch, MicroBatch
@@ -33,6 +42,9 @@ def make_losses(model: PreTrainedModel, reference: Reference | None, options: ar
     def ascent(part: MicroBatch) -> Tensor:
         return part.token_share * ga_loss(logits_of(part), part.batch["labels"])
 
+    def margin(part: MicroBatch) -> Tensor:
+        return part.token_share * logit_margin_loss(logits_of(part), part.batch["labels"])
+
     def npo(part: MicroBatch) -> Tensor:
         log_probs = sequence_log_probs(logits_of(part), part.batch["labels"])
         return part.example_share * npo_loss(log_probs, reference(part.batch), options.beta or 0.1)
@@ -42,4 +54,4 @@ def make_losses(model: PreTrainedModel, reference: Reference | None, options: ar
         log_probs = sequence_log_probs(logits_of(part), labels)
         return part.example_share * simnpo_loss(log_probs, token_counts(labels), options.beta or 2.5)
 
-    return {"npo": npo, "ga": ascent, "simnpo": simnpo}[options.forget_loss], retain
+    return {"npo": npo, "ga": ascent, "simnpo": simnpo, "margin": margin}[options.forget_loss], retain

@@ -25,7 +25,8 @@ examples:
   python examples/fsdp2.py --model tiny/config.json --tokenizer tiny ... --device cpu       # one process"""
 
 DTYPES = ("float32", "bfloat16", "float16")
-FORGET_LOSSES = ("npo", "ga", "simnpo")
+FORGET_LOSSES = ("npo", "ga", "simnpo", "margin")
+WITHOUT_BETA = ("ga", "margin")
 STASHES = ("reference", "bfloat16", "int8", "cpu", "recompute")
 
 
@@ -39,6 +40,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     with first_rank_speaks():
         options = parser.parse_args(arguments)
         check_metric(parser, options)
+        if options.beta is not None and options.forget_loss in WITHOUT_BETA:
+            parser.error(f"argument --beta: --forget-loss {options.forget_loss} has none; it is for npo and simnpo")
         if options.resume and not options.out.is_dir():
             parser.error(f"argument --resume: there is nothing to resume in {options.out}, which does not exist")
     # The arguments are those of the first start.

@@ -24,7 +24,8 @@ examples:
   python examples/unlearn.py --model folder --forget locuslab/TOFU:forget01 --retain locuslab/TOFU:retain99 --lora 8
   accelerate launch --num_processes 4 examples/unlearn.py --model folder --forget forget.jsonl --retain retain.jsonl"""
 
-METHODS = ("npo", "simnpo", "ga", "dpo")
+METHODS = ("npo", "simnpo", "ga", "dpo", "margin")
+WITHOUT_BETA = ("ga", "margin")
 RETAIN_LOSSES = ("nll", "kl")
 SCOPES = ("global", "group", "parameter")
 STASHES = ("reference", "bfloat16", "int8", "cpu")
@@ -76,8 +77,8 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
         )
     if options.stop_at is None and options.stop_every != parser.get_default("stop_every"):
         parser.error("argument --stop-every: needs --stop-at FILE_OR_NAME, which was not given")
-    if options.beta is not None and options.method == "ga":
-        parser.error("argument --beta: --method ga has none; it is for npo, simnpo and dpo")
+    if options.beta is not None and options.method in WITHOUT_BETA:
+        parser.error(f"argument --beta: --method {options.method} has none; it is for npo, simnpo and dpo")
     names = [*RESERVED_SETS, *(name for name, _ in options.eval)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -121,7 +122,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default="npo",
         help="forget loss. dpo prefers to each answer that is forgotten the row's own \"instead\", or an I-don't-know "
-        "where the row is a question or messages (default: npo)",
+        "where the row is a question or messages; margin flattens the prediction and ends there: with --metric retain, "
+        "or a --gamma of about 0.01 (default: npo)",
     )
     group.add_argument(
         "--retain-loss",
@@ -130,7 +132,10 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         help="kl stays near the model as it was; without --lora it holds a second model (default: nll)",
     )
     group.add_argument(
-        "--beta", type=positive, metavar="X", help="inverse temperature (default: 0.1; simnpo 2.5; ga has none)"
+        "--beta",
+        type=positive,
+        metavar="X",
+        help="inverse temperature (default: 0.1; simnpo 2.5; ga and margin have none)",
     )
     add_rule_and_metric(group)
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")

@@ -9,7 +9,6 @@ import unlearning  # noqa: F401  (puts shared_lib on the path)
 from torch import Tensor, nn
 from unlearning.baselines import Dampening, DualMoments, ForgetGain, PrimalDual, RetainNormal
 from unlearning.baselines.primal_dual import SLACK
-from unlearning.losses import logit_margin_loss
 from unlearning.methods import COMBINATIONS, Method, make_optimizer
 from unlearning.retain_metric import RetainMetric
 
@@ -176,14 +175,6 @@ def test_dampening_shrinks_what_matters_to_the_forgotten_alone() -> None:
         ]
         same(problem.moved(), expected)
     assert any((p != q).any() for p, q in zip(problem.moved(), problem.start, strict=True))
-
-
-def test_the_margin_loss_is_0_for_a_flat_prediction_and_the_squared_margin_otherwise() -> None:
-    labels = torch.tensor([[-100, 1, 2]])
-    assert logit_margin_loss(torch.ones(1, 3, 4), labels) == 0
-    logits = torch.zeros(1, 3, 4)
-    logits[0, 0, 3], logits[0, 1, 0], logits[0, 2, 0] = 4.0, 8.0, 100.0  # The last position predicts nothing.
-    assert logit_margin_loss(logits, labels).item() == pytest.approx((3.0**2 + 6.0**2) / 2)
 
 
 @pytest.mark.parametrize("rule", ["blur", "weighted_sum", "normalized"])

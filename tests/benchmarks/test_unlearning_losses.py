@@ -57,6 +57,8 @@ def by_hand(name: str, model: Any, target: Any, batch: Any, refusals: Any) -> Te
         return library.simnpo_loss(ours, library.token_counts(labels), beta=2.5)
     if name == "dpo":
         return library.dpo_loss(log_probs(model, refusals), ours, log_probs(target, refusals), theirs, beta=0.1)
+    if name == "margin":
+        return library.logit_margin_loss(logits_of(model, batch), labels)
     if name == "hinge":
         return (HINGE + ours / 5).clamp(min=0).mean()  # Each answer has five tokens.
     if name == "nll":

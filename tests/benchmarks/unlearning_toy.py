@@ -20,7 +20,7 @@ VOCABULARY = 24
 SETTINGS = Settings(
     "tiny", "short", "tofu", "", "forget01", steps=4, looks=2, batch_size=2, relearned_rows=2, relearning_steps=8
 )
-LOSSES = ["ga+nll", "npo+kl", "simnpo+nll", "dpo+nll", "hinge+kl", "rmu+rmu"]
+LOSSES = ["ga+nll", "npo+kl", "simnpo+nll", "dpo+nll", "hinge+kl", "margin+nll", "rmu+rmu"]
 
 
 def make_examples(count: int, first: int) -> list[Example]:

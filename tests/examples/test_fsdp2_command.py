@@ -276,6 +276,7 @@ def test_files_that_do_not_fit_their_configuration_are_named(
     [
         *(["--steps", "0"], ["--lr", "x"], ["--stash", "fp4"], ["--resume"], ["--damping", "1"]),
         ["--metric", "retain", "--stash", "recompute"],
+        ["--forget-loss", "margin", "--beta", "1"],
     ],
 )
 def test_an_invalid_option_ends_with_code_2(more: list[str], tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ INVALID = {
     "alpha": (["--lora-alpha", "3"], "--lora-alpha: needs --lora R"),
     "adapter's dtype": (["--lora", "2", "--keep-adapter", "--save-dtype", "float16"], "--save-dtype: an adapter is"),
     "beta": (["--method", "ga", "--beta", "1"], "--beta: --method ga has none"),
+    "beta of margin": (["--method", "margin", "--beta", "1"], "--beta: --method margin has none"),
     "damping": (["--damping", "0.1"], "--damping: needs --metric retain"),
     "metric": (["--metric", "fisher"], "--metric: invalid choice: 'fisher'"),
     "abbreviated": (["--gam", "1"], "unrecognized arguments: --gam"),

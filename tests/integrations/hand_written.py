@@ -10,6 +10,7 @@ from blur_optim.losses import (
     dpo_loss,
     ga_loss,
     kl_loss,
+    logit_margin_loss,
     nll_loss,
     npo_loss,
     sequence_log_probs,
@@ -29,6 +30,8 @@ def log_probs(model, batch):
 def forget_loss(name, model, reference, batch, beta=0.1):
     if name == "ga":
         return ga_loss(logits(model, batch), batch["labels"])
+    if name == "margin":
+        return logit_margin_loss(logits(model, batch), batch["labels"])
     if name == "simnpo":
         return simnpo_loss(log_probs(model, batch), token_counts(batch["labels"]))
     if name == "npo":

@@ -194,7 +194,9 @@ class TestFlattenedRows:
     def test_losses_that_are_means_over_answers_refuse_them(self, tmp_path, loss):
         made = trainer(tmp_path, forget_loss=loss, max_steps=1)
         made.data_collator = flatten
-        with pytest.raises(ValueError, match=r"one answer in each row for NPO, SimNPO and DPO.*'ga', 'nll', 'kl'"):
+        with pytest.raises(
+            ValueError, match=r"one answer in each row for NPO, SimNPO and DPO.*'ga', 'margin', 'nll', 'kl'"
+        ):
             made.train()
 
     def test_means_over_tokens_are_those_of_padded_rows(self, tmp_path):

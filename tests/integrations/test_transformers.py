@@ -15,7 +15,14 @@ from blur_optim.losses import nll_loss
 
 @pytest.mark.parametrize(
     ("forget", "retain", "max_norm"),
-    [("ga", "nll", 0.5), ("npo", "nll", 0.5), ("simnpo", "kl", 0.005), ("dpo", "nll", 0.5), ("idk", "kl", 0.5)],
+    [
+        ("ga", "nll", 0.5),
+        ("npo", "nll", 0.5),
+        ("simnpo", "kl", 0.005),
+        ("dpo", "nll", 0.5),
+        ("idk", "kl", 0.5),
+        ("margin", "nll", 0.5),
+    ],
 )
 def test_it_trains_as_the_loop_by_hand(tmp_path, forget, retain, max_norm):
     data = PREFERENCES if forget in ("dpo", "idk") else FORGET
@@ -84,6 +91,20 @@ def test_losses_of_ones_own(tmp_path):
     named = trainer(tmp_path, forget_loss="ga")
     named.train()
     assert_same(made.model, named.model, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forget_loss": "ga", "beta": 0.1}, r"`beta` must be None with forget_loss='ga'.*got 0\.1\. It is for npo"),
+        ({"forget_loss": "margin", "beta": 0.1}, r"`beta` must be None with forget_loss='margin'"),
+        ({"simnpo_delta": 0.5}, r"`simnpo_delta` must be 0 with forget_loss='npo', got 0\.5\."),
+    ],
+    ids=["ga", "margin", "delta"],
+)
+def test_an_option_of_another_loss_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
 
 
 def test_unused_columns(tmp_path):

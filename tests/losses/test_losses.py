@@ -31,6 +31,7 @@ from blur_optim.losses import (
     dpo_loss,
     ga_loss,
     kl_loss,
+    logit_margin_loss,
     nll_loss,
     npo_loss,
     reference_log_probs,
@@ -84,6 +85,12 @@ class TestHandComputed:
         last = 0.4 * LOG(0.4 / 0.8) + 0.4 * LOG(0.4 / 0.1) + 0.2 * LOG(0.2 / 0.1)
         loss = kl_loss(LOGITS, REFERENCE_LOGITS, LABELS)
         assert loss.item() == pytest.approx((first + 0.0 + last) / 3)
+
+    def test_logit_margin(self):
+        # The largest probability by that to the power of the mean of the logs: the offset of the logits cancels.
+        rows = [(0.5, (0.5, 0.25, 0.25)), (0.7, (0.1, 0.2, 0.7)), (0.8, (0.8, 0.1, 0.1))]
+        margins = [LOG(top) - sum(map(LOG, row)) / 3 for top, row in rows]
+        assert logit_margin_loss(LOGITS, LABELS).item() == pytest.approx(sum(m**2 for m in margins) / 3)
 
     def test_rmu_forget(self):
         activations = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[3.0, 4.0], [-1.0, 1.0]]])
@@ -163,6 +170,18 @@ class TestLimits:
         (grad,) = grad_of(lambda x: kl_loss(x, logits, labels), other)
         assert grad.abs().max() > 1e-4
 
+    def test_the_logit_margin_ends_where_the_prediction_is_flat(self):
+        flat = 7.0 * torch.ones_like(LOGITS)
+        assert logit_margin_loss(flat, LABELS).item() == 0.0
+        (grad,) = grad_of(lambda x: logit_margin_loss(x, LABELS), flat)
+        assert torch.equal(grad, torch.zeros_like(LOGITS))
+        (grad,) = grad_of(lambda x: logit_margin_loss(x, LABELS), LOGITS)
+        assert logit_margin_loss(LOGITS - 0.1 * grad, LABELS) < logit_margin_loss(LOGITS, LABELS)
+
+    def test_the_logit_margin_asks_where_labels_are_not_which(self):
+        others = torch.where(LABELS == -100, LABELS, (LABELS + 1) % 3)
+        assert torch.equal(logit_margin_loss(LOGITS, others), logit_margin_loss(LOGITS, LABELS))
+
 
 INT = torch.ones(2, dtype=torch.int64)
 THREE = torch.zeros(3)
@@ -185,6 +204,8 @@ def readable(value):
         (lambda: nll_loss(LOGITS, LABELS.int()), TypeError, r"`labels` .* torch.int64, got torch.int32\."),
         (lambda: token_counts(LABELS.float()), TypeError, r"`labels` .* torch.int64, got torch.float32\."),
         (lambda: token_counts(LABELS[0]), ValueError, r"`labels` .* \[B, T\], got \(3,\)\."),
+        (lambda: logit_margin_loss(LOGITS, LABELS[:, 1:]), ValueError, r"`labels` .* like `logits.*got \(2, 2\)\."),
+        (lambda: logit_margin_loss(LOGITS.long(), LABELS), TypeError, r"`logits` must be floating point"),
         (lambda: kl_loss(LOGITS, LOGITS[:, 1:], LABELS), ValueError, r"`reference_logits` .*, got \(2, 2, 3\)\."),
         (lambda: kl_loss(LOGITS, LOGITS.long(), LABELS), TypeError, r"`reference_logits` must be floating"),
         (lambda: npo_loss(LOG_PROBS, THREE), ValueError, r"`reference_log_probs` .*\(2,\) .*, got \(3,\)\."),

@@ -21,6 +21,7 @@ from blur_optim.losses import (
     dpo_loss,
     ga_loss,
     kl_loss,
+    logit_margin_loss,
     nll_loss,
     npo_loss,
     rmu_forget_loss,
@@ -36,6 +37,7 @@ LOGIT_LOSSES = {
     "nll": lambda logits: nll_loss(logits, LABELS),
     "ga": lambda logits: ga_loss(logits, LABELS),
     "kl": lambda logits: kl_loss(logits, REFERENCE_LOGITS, LABELS),
+    "margin": lambda logits: logit_margin_loss(logits, LABELS),
 }
 LOG_PROB_LOSSES = {
     "npo": lambda log_probs: npo_loss(log_probs, REFERENCE),
@@ -64,7 +66,11 @@ class TestIgnoredLabels:
         assert torch.equal(kl_loss(LOGITS, changed, LABELS), kl_loss(LOGITS, REFERENCE_LOGITS, LABELS))
 
     @pytest.mark.parametrize("shape", [(2, 3), (2, 1), (2, 0), (0, 3)], ids=str)
-    @pytest.mark.parametrize("loss", [nll_loss, ga_loss, lambda x, y: kl_loss(x, 2 * x, y)], ids=["nll", "ga", "kl"])
+    @pytest.mark.parametrize(
+        "loss",
+        [nll_loss, ga_loss, logit_margin_loss, lambda x, y: kl_loss(x, 2 * x, y)],
+        ids=["nll", "ga", "margin", "kl"],
+    )
     def test_a_batch_without_labels_gives_zero_and_a_zero_gradient(self, loss, shape):
         logits, labels = torch.randn(*shape, 5), torch.full(shape, -100)
         assert loss(logits, labels).item() == 0.0
@@ -115,7 +121,8 @@ class TestPrecision:
         losses = [log_probs, nll_loss(low, LABELS), kl_loss(low, low, LABELS), npo_loss(log_probs, log_probs)]
         losses += [npo_loss(LOG_PROBS.to(dtype), REFERENCE.to(dtype)), simnpo_loss(LOG_PROBS.to(dtype), COUNTS)]
         losses += [rmu_forget_loss(low, torch.ones(3, dtype=dtype)), rmu_retain_loss(low, low)]
-        assert [loss.dtype for loss in losses] == [torch.float32] * 8
+        losses += [logit_margin_loss(low, LABELS)]
+        assert [loss.dtype for loss in losses] == [torch.float32] * 9
         assert nll_loss(LOGITS, LABELS).dtype == npo_loss(LOG_PROBS, REFERENCE).dtype == torch.float64
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -161,13 +168,14 @@ class TestGradients:
             (lambda x: sequence_log_probs(x, LABELS), [LOGITS]),
             (lambda x: nll_loss(x, LABELS), [LOGITS]),
             (lambda x: kl_loss(x, REFERENCE_LOGITS, LABELS), [LOGITS]),
+            (lambda x: logit_margin_loss(x, LABELS), [LOGITS]),
             (lambda lp: npo_loss(lp, REFERENCE, 0.7), [LOG_PROBS]),
             (lambda lp: simnpo_loss(lp, COUNTS, 2.5, 0.1), [LOG_PROBS]),
             (lambda c, r: dpo_loss(c, r, REFERENCE_CHOSEN, REFERENCE, 0.7), [CHOSEN, LOG_PROBS]),
             (lambda a: rmu_forget_loss(a, torch.ones(3), PREDICTS), [LOGITS]),
             (lambda a: rmu_retain_loss(a, REFERENCE_LOGITS), [LOGITS]),
         ],
-        ids=["sequence_log_probs", "nll", "kl", "npo", "simnpo", "dpo", "rmu_forget", "rmu_retain"],
+        ids=["sequence_log_probs", "nll", "kl", "margin", "npo", "simnpo", "dpo", "rmu_forget", "rmu_retain"],
     )
     def test_gradcheck(self, loss_fn, inputs):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
