@@ -18,7 +18,7 @@ from blur_optim.losses import nll_loss, sequence_log_probs, token_counts
 
 from .jobs import Job
 from .losses import Before, Losses, batch_rows
-from .methods import make_optimizer, parse_method
+from .methods import SEEN_BEFORE, make_optimizer, parse_method
 from .settings import Settings
 from .tracks.task import Task
 
@@ -60,6 +60,8 @@ class Unlearning:
         Args:
             first_look: what a look at the target saw, which is the same for every run.
         """
+        if seen := SEEN_BEFORE.get(parse_method(self.job.method).combine):
+            self._see_retain_rows(seen)
         self._take_steps(first_look)
         if self.settings.lora_rank:
             self.model = self.model.merge_and_unload()
@@ -83,6 +85,22 @@ class Unlearning:
                 if self.stop_at is not None and self.path[-1]["forget"]["log_prob"] <= self.stop_at:
                     break
         self.diverged = not all(math.isfinite(self.path[-1][kind]["log_prob"]) for kind in KINDS)
+
+    def _see_retain_rows(self, count: int) -> None:
+        """Take steps of length 0 with retain gradients alone: the optimizer's averages move, and nothing else."""
+        others = 2 * self.job.seed + 1000  # No run's order of batches.
+        rows = endless_batches(self.task.retain, self.settings.batch_size, others, self.model.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for _ in range(count):
+            with self.optimizer.forget():
+                pass
+            with self.optimizer.retain():
+                self.losses.retain(next(rows)).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.job.lr
 
     def look(self, step: int) -> Look:
         """Measure probabilities of the answers on rows of every kind, and what the track watches."""

@@ -43,9 +43,12 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "blur-metric": {"rule": "blur", **RETAIN_METRIC},
     "sum-metric": {"rule": "weighted_sum", **RETAIN_METRIC},
     "normalized-metric": {"rule": "normalized", **RETAIN_METRIC},
+    "metric-warm-v": {"rule": "blur", **RETAIN_METRIC},
     **{f"metric-damping-{value}": {"rule": "blur", **RETAIN_METRIC, "damping": float(value)} for value in DAMPINGS},
     **{f"metric-beta-{value}": {"rule": "blur", **RETAIN_METRIC, "betas": (0.9, float(value))} for value in BETAS},
 }
+#: By name: batches of retain rows whose gradients the metric sees before the first step, which by itself begins cold.
+SEEN_BEFORE = {"metric-warm-v": 50}
 #: By name: what makes an update of its own, of parameters, ``gamma`` and AdamW's options.
 OWN: dict[str, Callable[..., TwoGradients]] = {
     "bloop": Bloop,

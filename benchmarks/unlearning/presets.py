@@ -10,7 +10,7 @@ from .settings import Learning, Settings
 KEPT = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}  # what the hub's models are named by
 FORMS = ("short", "full", "held-out", "pretrained", "paper")
 
-NPO = ("weighted_sum", "blur", "normalized", "blur-normalized", "averaged-dots", "bloop")
+NPO = ("weighted_sum", "blur", "normalized", "blur-normalized", "averaged-dots", "bloop", "blur-metric")
 NPO_MORE = (
     "conflict",
     "barrier",
@@ -27,26 +27,34 @@ SHORT_METHODS = (
     "npo+nll/normalized",
     "npo+nll/blur-normalized",
     "npo+nll/averaged-dots",
+    "npo+nll/blur-metric",
 )
 FULL_METHODS = (
     "ga/forget-only",
     "ga+nll/weighted_sum",
     "ga+nll/blur",
     "ga+nll/normalized",
+    "ga+nll/blur-metric",
     *(f"npo+nll/{combine}" for combine in (*NPO, *NPO_MORE)),
     "npo+kl/weighted_sum",
     "npo+kl/blur",
     "simnpo+nll/weighted_sum",
     "simnpo+nll/blur",
     "simnpo+nll/normalized",
+    "simnpo+nll/blur-metric",
     "dpo+nll/weighted_sum",
     "dpo+nll/blur",
+    "dpo+nll/blur-metric",
     "rmu+rmu/weighted_sum",
     "rmu+rmu/blur",
+    "rmu+rmu/blur-metric",
     "hinge+nll/weighted_sum",
 )
 
-HELD_OUT = ("weighted_sum", "blur", "normalized", "blur-metric", "dual-moments", "retain-normal", "forget-gain")
+HELD_OUT = (
+    *("weighted_sum", "blur", "conflict", "normalized", "blur-metric"),
+    *("dual-moments", "retain-normal", "forget-gain"),
+)
 HELD_OUT_METHODS = (
     *(f"npo+nll/{combine}" for combine in HELD_OUT),
     *(f"simnpo+nll/{combine}" for combine in HELD_OUT),

@@ -57,6 +57,7 @@ struct Zeros {
   void load16(V& out, int64_t) const {
     out = V{};
   }
+  void prefetch(int64_t) const {}
 };
 
 // The elements of one block.

@@ -162,6 +162,22 @@ def test_adapters_are_trained_alone_and_merged_at_the_end(before: Before) -> Non
     assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
 
 
+def test_a_metric_that_has_seen_retain_rows_begins_where_it_was_and_goes_elsewhere(before: Before) -> None:
+    start = weights(before.model)
+    runs = {name: Unlearning(Job("sweep", f"npo+nll/{name}", 1.0, 1e-3, 1), before, TASK, SETTINGS) for name in WARM}
+    for run in runs.values():
+        run._see_retain_rows(3)
+        assert changed(run.model, start) == set()
+        assert [group["lr"] for group in run.optimizer.param_groups] == [1e-3]
+        states = list(run.optimizer.base.state.values())
+        assert all(state["step"] == 3 for state in states)
+        assert any(state["exp_avg_sq"].any() for state in states)
+    warm, cold = (unlearn(before, f"npo+nll/{name}") for name in WARM)
+    assert warm.steps[0]["metric_cosine"] != cold.steps[0]["metric_cosine"]
+    assert warm.steps[0]["cosine"] == cold.steps[0]["cosine"]
+
+
+WARM = ("metric-warm-v", "blur-metric")
 EMBEDDINGS = {"model.embed_tokens.weight"}
 
 

@@ -224,7 +224,7 @@ def test_every_table_is_one_for_github(report: Path) -> None:
     blocks = report.read_text(encoding="utf-8").split("\n\n")
     tables = [block.split("\n") for block in blocks if block.startswith("|")]
     assert (
-        len(tables) == 5 + 1 + 2 + 1 + 1 + 1 + 2 + 1 + 1
+        len(tables) == 5 + 1 + 2 + 2 + 1 + 1 + 2 + 1 + 1
     )  # equal retain, hypervolume, ratios, main, ... weights, relearning, cost
     for rows in tables:
         assert len({row.count("|") for row in rows}) == 1

@@ -12,6 +12,7 @@ from unlearning.report import numbers, tables
 from unlearning.report.compare import Paired, spread
 from unlearning.report.load import load
 from unlearning.report.markdown import table_text
+from unlearning.report.records import record
 from unlearning.report.summary import Summary, summarize
 from unlearning.report.table import Table
 
@@ -290,6 +291,36 @@ def test_alignment(tmp_path: Path) -> None:
     assert cosine_range == (-0.4, 0.1)
     assert (first.mean, last.mean) == (4.0, 2.0)
     assert projection == pytest.approx((-0.4, 0.05))
+
+
+def test_the_angle_in_the_metric_stands_beside_the_plain_one(tmp_path: Path) -> None:
+    def steps(numbers: dict[str, tuple[float, ...]]) -> list[dict[str, float]]:
+        return [{"step": i, "cosine": 0.1} | {name: of[i] for name, of in numbers.items()} for i in range(3)]
+
+    seen = {"metric_cosine": (-0.1, -0.2, -0.6), "effective_share": (0.5, 0.001, 0.003)}
+    runs = [
+        {**make_run(SUM, 1.0, 1, [START, START]), "steps": steps({})},
+        {**make_run(BLUR, 1.0, 1, [START, START]), "steps": steps(seen)},
+    ]
+    rows = by_label(tables.alignment_table(summary_of(tmp_path, runs)))
+    cosine, share = rows["NPO + NLL: BLUR"][-2:]
+    assert (cosine.mean, share.mean) == pytest.approx((-0.3, 0.003))
+    assert rows["NPO + NLL: weighted sum"][-2:] == (None, None)
+    assert len(tables.alignment_table(summary_of(tmp_path / "none", runs[:1])).columns) == 7
+
+
+def test_what_is_kept_at_the_end_is_compared_by_seed(tmp_path: Path) -> None:
+    ends = {(SUM, 1): 0.9, (SUM, 2): 0.8, (BLUR, 1): 0.95, (BLUR, 2): 0.83}
+    runs = [make_run(name, 1.0, seed, [START, kept(-1.0, share)]) for (name, seed), share in ends.items()]
+    summary = summary_of(tmp_path, runs)
+    [(label, forget, retain, untouched)] = tables.ends_table(summary).rows
+    assert label == "NPO + NLL: BLUR"
+    assert (forget.mean, forget.wins, untouched.mean) == (0.0, 0, 0.0)
+    assert (retain.mean, retain.wins, retain.pairs) == (pytest.approx(0.9 * 0.04), 2, 2)
+    assert retain.low < 0 < retain.high
+    [row] = record(summary, {"selected": (tables.ends_table(summary),)})["tables"]["ends"]["rows"]
+    assert [cell["mean"] for cell in row[1:]] == pytest.approx([0.0, 0.036, 0.0])
+    assert tables.ends_table(summary_of(tmp_path / "alone", runs[:2], methods=(SUM,))) is None
 
 
 def test_cost_keeps_the_order_of_the_methods(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ class Alignment:
         cosine_range, projection_range: least and largest of any step; projection is c = ⟨g_r, g_f⟩/‖g_f‖².
         opposed: share of a run's steps with a negative dot, over seeds.
         first_norm, last_norm: ‖g_f‖ of the first and the last step, over seeds.
+        metric_cosine: as ``cosine``, in the metric that the step is taken in; None where there is none.
+        effective_share: median over the steps of a run, over seeds, of the share of the coordinates that carry P g_f.
     """
 
     cosine: Spread | None
@@ -25,12 +27,16 @@ class Alignment:
     first_norm: Spread | None
     last_norm: Spread | None
     projection_range: tuple[float, float] | None
+    metric_cosine: Spread | None
+    effective_share: Spread | None
 
 
 def alignment(runs: Sequence[Run]) -> Alignment:
     """Summarise the traces; what was never measured is None."""
     cosines = [found for run in runs if (found := _numbers(run.steps, "cosine"))]
     norms = [found for run in runs if (found := _numbers(run.steps, "forget_norm"))]
+    in_metric = [found for run in runs if (found := _numbers(run.steps, "metric_cosine"))]
+    shares = [found for run in runs if (found := _numbers(run.steps, "effective_share"))]
     projections = [value for run in runs for value in _numbers(run.steps, "projection")]
     return Alignment(
         cosine=spread([statistics.fmean(values) for values in cosines]),
@@ -39,6 +45,8 @@ def alignment(runs: Sequence[Run]) -> Alignment:
         first_norm=spread([values[0] for values in norms]),
         last_norm=spread([values[-1] for values in norms]),
         projection_range=_range(projections),
+        metric_cosine=spread([statistics.fmean(values) for values in in_metric]),
+        effective_share=spread([statistics.median(values) for values in shares]),
     )
 
 

@@ -15,6 +15,7 @@ FORMAT = 1
 KINDS = ("forget", "retain", "untouched")
 MEMORISATION = ("verbmem", "knowmem")  # parts of the names of what the muse track measures along the path
 STEP_NUMBERS = ("cosine", "forget_norm", "retain_norm", "forget_coefficient", "retain_coefficient")
+METRIC_NUMBERS = ("metric_cosine", "effective_share")  # of a step in a metric
 RELEARNED = ("relearned_rows", "other_forgotten_rows", "retain")
 
 
@@ -55,6 +56,8 @@ class Step:
     retain_norm: float | None
     forget_coefficient: float | None
     retain_coefficient: float | None
+    metric_cosine: float | None = None
+    effective_share: float | None = None
 
     @property
     def projection(self) -> float | None:
@@ -328,7 +331,7 @@ def _path_point(fields: Fields) -> PathPoint:
 
 
 def _step(fields: Fields) -> Step:
-    return Step(fields.integer("step"), *(fields.number_or_none(name) for name in STEP_NUMBERS))
+    return Step(fields.integer("step"), *(fields.number_or_none(name) for name in (*STEP_NUMBERS, *METRIC_NUMBERS)))
 
 
 def _costs(methods: Fields) -> dict[str, Cost]:

@@ -68,7 +68,8 @@ SECTIONS = {
         "memorisation",
         "Learning rate and weight w were chosen on the tuning seed alone. Mean ± standard deviation over the other "
         "seeds, at the end of the run. log p: of an answer's tokens; p: its exponential, mean over rows. The goal is "
-        "the row of the retrained model.",
+        "the row of the retrained model. Where there is a weighted sum of the same losses, the second table has the "
+        "difference to it, seed by seed, with a 95 % t interval.",
     ),
     "scores": (
         "All scores at the selected weight",
@@ -80,7 +81,9 @@ SECTIONS = {
         "How the gradients met",
         "gradients",
         "At the selected weight. The update is u = ξ·g_f + α·g_r with ξ = γ − α·c and c = ⟨g_r, g_f⟩/‖g_f‖²; for the "
-        "weighted sum ξ = γ. Opposed: ⟨g_r, g_f⟩ < 0. Ranges are over all steps and seeds.",
+        "weighted sum ξ = γ. Opposed: ⟨g_r, g_f⟩ < 0. Ranges are over all steps and seeds. In the metric of the "
+        "retain loss the same angle is another. *Effective share*: of the coordinates, how many carry P g_f, the step "
+        "that forgets: (Σx²)²/(n·Σx⁴), median over a run's steps.",
     ),
     "weights": (
         "Every weight",

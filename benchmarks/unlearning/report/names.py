@@ -51,6 +51,7 @@ COMBINATIONS = {
     "metric-beta-0.9": "metric, β₂ = 0.9",
     "metric-beta-0.999": "metric, β₂ = 0.999",
     "metric-damped-by-tensor": "metric damped by tensor",
+    "metric-warm-v": "metric, v warm at the start",
 }
 _ID = re.compile(r"(?P<forget>[\w-]+)(\+(?P<retain>[\w-]+))?/(?P<combine>[\w.-]+)")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from .compare import Paired
-from .load import RELEARNED, STEP_NUMBERS, Run
+from .load import METRIC_NUMBERS, RELEARNED, STEP_NUMBERS, Run, Step
 from .reading import reading
 from .summary import MethodSummary, Summary
 from .table import Table
@@ -57,8 +57,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 def _without_repeats(row: Sequence[Any]) -> Sequence[Any]:
     """Keep a comparison once: several columns show parts of it."""
-    first = next((i for i, cell in enumerate(row) if isinstance(cell, Paired)), len(row))
-    return row[: first + 1]
+    return [cell for i, cell in enumerate(row) if not (isinstance(cell, Paired) and cell is row[i - 1])]
 
 
 def _cell(cell: Any) -> Any:
@@ -83,7 +82,9 @@ def _run(run: Run) -> dict[str, Any]:
     steps = run.steps[::every]
     path = [point for point in run.path if point.measured]
     return {
-        "steps": {name: [getattr(step, name) for step in steps] for name in ("step", *STEP_NUMBERS)},
+        "steps": {
+            name: [getattr(step, name) for step in steps] for name in ("step", *STEP_NUMBERS, *_in_metric(steps))
+        },
         "path": {
             "epoch": [point.epoch for point in path],
             **{f"p_{k}": [getattr(p.measured, k).probability for p in path] for k in ("forget", "retain", "untouched")},
@@ -91,6 +92,10 @@ def _run(run: Run) -> dict[str, Any]:
         },
         "relearning": {name: [getattr(e, name) for e in run.relearning] for name in ("step", *RELEARNED)},
     }
+
+
+def _in_metric(steps: Sequence[Step]) -> tuple[str, ...]:
+    return tuple(name for name in METRIC_NUMBERS if any(getattr(step, name) is not None for step in steps))
 
 
 def to_text(value: Any, indent: int = 0) -> str:

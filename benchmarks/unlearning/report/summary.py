@@ -129,6 +129,17 @@ class Summary:
             return None
         return paired(summary.hypervolumes, baseline.hypervolumes, self.setting.seeds, lower_wins=False)
 
+    def of_ends(self, summary: MethodSummary, kind: str) -> Paired | None:
+        """Compare the probability of a kind of rows at the end of the selected runs; None without a baseline."""
+        baseline = self.baseline(summary)
+        if baseline is None:
+            return None
+        ours, theirs = (
+            {run.seed: getattr(run.final, kind).probability if run.final else None for run in m.selected_runs}
+            for m in (summary, baseline)
+        )
+        return paired(ours, theirs, self.setting.seeds, lower_wins=kind == "forget")
+
     def reached_retrained(self, values: dict[int, float | None]) -> int | None:
         """Count seeds whose log p_forget is no higher than the retrained model's: its own target's, or their mean."""
         levels = {seed: y.final.forget.log_prob for seed, y in self.setting.retrained.items()}

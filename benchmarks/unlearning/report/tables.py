@@ -37,6 +37,17 @@ def main_table(summary: Summary) -> Table:
     return Table("main", "At the selected weight", (*columns, Column("diverged", "count"), *MEASURED), tuple(rows))
 
 
+def ends_table(summary: Summary) -> Table | None:
+    """What is kept at the end of the runs, beside the weighted sum of the same losses; None where there is none."""
+    rows = []
+    for method in summary.methods:
+        found = [summary.of_ends(method, kind) for kind in KINDS]
+        if any(found):
+            rows.append((method.method.label, *found))
+    columns = (METHOD, *(Column(f"p_{kind}", "paired") for kind in KINDS))
+    return Table("ends", "Minus the weighted sum", columns, tuple(rows)) if rows else None
+
+
 def _yardsticks(summary: Summary) -> list[tuple[str, Sequence[Yardstick]]]:
     found = ((TARGET, summary.setting.targets), (RETRAINED, summary.setting.retrained))
     return [(name, tuple(yardsticks.values())) for name, yardsticks in found if yardsticks]
@@ -287,12 +298,16 @@ def alignment_table(summary: Summary) -> Table:
         Column("‖g_f‖, last", "score"),
         Column("c, of any step", "span"),
     )
-    return Table("alignment", "How the gradients met", columns, tuple(rows))
+    in_metric = (Column("cos in the metric, mean", LOG), Column("effective share", "score"))
+    if not any(row[-len(in_metric) :] != (None, None) for row in rows):
+        rows, in_metric = [row[: -len(in_metric)] for row in rows], ()
+    return Table("alignment", "How the gradients met", (*columns, *in_metric), tuple(rows))
 
 
 def _alignment_row(label: str, runs: Sequence[Run]) -> tuple[Cell, ...]:
     a = alignment(runs)
-    return label, a.cosine, a.cosine_range, a.opposed, a.first_norm, a.last_norm, a.projection_range
+    plain = (a.cosine, a.cosine_range, a.opposed, a.first_norm, a.last_norm, a.projection_range)
+    return label, *plain, a.metric_cosine, a.effective_share
 
 
 def all_tables(summary: Summary) -> dict[str, tuple[Table, ...]]:
@@ -301,7 +316,7 @@ def all_tables(summary: Summary) -> dict[str, tuple[Table, ...]]:
         "equal retain": (*equal_retain_tables(summary), hypervolume_table(summary)),
         "line": line_tables(summary),
         "ratios": ratio_tables(summary),
-        "selected": (main_table(summary),),
+        "selected": tuple(table for table in (main_table(summary), ends_table(summary)) if table),
         "scores": score_tables(summary),
         "gradients": (alignment_table(summary),),
         "weights": weight_tables(summary),
