@@ -85,7 +85,9 @@ class BLUR(OptimizerWrapper):
     the coordinates of the scope. So :math:`\gamma` means the same for every loss and model: the root mean square of the
     forget term's step, in units of lr. With the rule ``"blur"``, whatever :math:`g_r` is,
     :math:`\langle g_f, P u\rangle = \gamma s \langle g_f, P g_f\rangle`: to first order, that times lr is what the
-    forget loss falls by in the step that is taken, momentum aside.
+    forget loss falls by in the step that is taken, momentum aside. ``normalize``, as the rule ``"normalized"``, divides
+    by the norms in the metric, :math:`\sqrt{\langle g, P g\rangle}` over the scope: s drops out, its floor too, and
+    :math:`\gamma` is the length in the metric of the whole forget term's step, in units of lr.
 
     ``max_grad_norm`` clips :math:`\|u\|` there too, as ``clip_grad_norm_`` would after the phases; v sees :math:`g_r`
     unclipped, so a limit that is always exceeded acts as a smaller lr. Weight decay is the base's: AdamW's shrinks the

@@ -25,6 +25,8 @@ from shared_lib.errors import InputError
 from shared_lib.models import save_small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig
 
+from blur_optim.losses import logit_margin_loss
+
 FSDP2 = Path(fsdp2.__file__)
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--micro-batch", "2", "--length", "48", "--lr", "1e-3", "--warmup", "4"]
@@ -85,8 +87,13 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((out / "model").glob("*.safetensors")))
+
+
 def assert_same_course(actual: list[dict[str, Any]], expected: list[dict[str, Any]], rel: float) -> None:
     names = ("step", "forget_loss", "retain_loss", "forget_norm", "retain_norm", "forget_coefficient", "lr")
+    names += tuple(name for name in expected[0] if name.startswith("metric_"))
     for one, other in zip(actual, expected, strict=True):
         assert {name: one[name] for name in names} == pytest.approx({name: other[name] for name in names}, rel=rel)
 
@@ -108,7 +115,7 @@ def test_two_processes_that_are_killed_go_on_as_if_they_had_not_been(
     assert f"resumed from {killed}/checkpoints/step-{last:08d}" in resumed.finish()
     assert [record["step"] for record in log_of(killed)] == list(range(1, last + 3))
     assert_same_course(log_of(killed), log_of(whole), rel=0)
-    weights = [load_file(next((out / "model").glob("*.safetensors"))) for out in (killed, whole)]
+    weights = [weights_of(out) for out in (killed, whole)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert log_of(whole)[-1]["forget_loss"] < 0.9 * log_of(whole)[0]["forget_loss"]
@@ -173,6 +180,39 @@ def test_memory_options_do_not_change_the_course(home: Path, tmp_path: Path, mon
     actual = run_here(monkeypatch, home, tmp_path / "lean", "--steps", "2", *options, *saving)
     assert_same_course(actual, expected, rel=1e-4)
     assert [path.name for path in (tmp_path / "lean" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.usefixtures("_alone")
+def test_the_margin_in_the_retain_metric_is_on_two_processes_what_it_is_on_one(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paper = ["--steps", "3", "--forget-loss", "margin"]
+    metric = [*paper, "--metric", "retain", "--damping", "0.05"]
+    two = Script(FSDP2, arguments(home, tmp_path / "two", *metric), tmp_path / "printed", processes=2)
+    plain = run_here(monkeypatch, home, tmp_path / "plain", *paper)
+    alone = run_here(monkeypatch, home, tmp_path / "alone", *metric)
+    damped = run_here(monkeypatch, home, tmp_path / "damped", *metric, "--damping", "0.5", "--steps", "1")
+    two.finish()
+    in_metric = {"metric_forget_norm", "metric_retain_norm", "metric_cosine", "effective_share"}
+    assert alone[0].keys() - plain[0].keys() == in_metric
+    assert_same_course(log_of(tmp_path / "two"), alone, rel=1e-4)
+    assert damped[0]["metric_forget_norm"] < 0.9 * alone[0]["metric_forget_norm"]
+    assert [log[0]["forget_loss"] for log in (plain, alone)] == pytest.approx([margin_of_the_first_batch(home)] * 2)
+    by_two, by_one, euclidean = (weights_of(tmp_path / name) for name in ("two", "alone", "plain"))
+    assert by_two.keys() == by_one.keys() == euclidean.keys()
+    for name, mine in by_one.items():
+        # Two sum in another order: a few roundings of weights of 1, where a step is of 2.5e-4 and more.
+        torch.testing.assert_close(by_two[name], mine, rtol=0, atol=1e-6)
+        assert (euclidean[name] - mine).abs().max() > 1e-3, name
+
+
+def margin_of_the_first_batch(home: Path) -> float:
+    model = AutoModelForCausalLM.from_pretrained(home / "llama")
+    examples = read_examples("--forget", home / "forget.jsonl", AutoTokenizer.from_pretrained(home / "llama"), 48)
+    (whole,) = micro_batches(examples, rows_of_step(len(examples), 8, 0, 0), 8, 0, 1, CPU)
+    with torch.no_grad():
+        logits = model(input_ids=whole.batch["input_ids"]).logits
+    return float(logit_margin_loss(logits, whole.batch["labels"]))
 
 
 SMALL_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -66,6 +66,8 @@ class Equations:
         p = 1 / ((corrected + DAMPING * mean).sqrt() + EPS)
         a, b = self.coefficients(f, r, p)
         self.u, self.p, self.f = a * f + b * r, p, f
+        if "max_grad_norm" in o:
+            self.u = self.u * min(1.0, float(o["max_grad_norm"] / (self.u.norm() + 1e-6)))
         theta = torch.cat([p.detach().flatten() for p in self.problem.params])
         grad = -self.u if o.get("maximize") else self.u
         decay = o.get("weight_decay", 0.01 if self.base is AdamW else 0.0)
@@ -85,8 +87,8 @@ class Equations:
                 param.copy_(part.view(param.shape))
 
 
-def make(base=AdamW, dtype=torch.float64, gamma=0.7, lr=0.1, damping=DAMPING, **options):
-    problem = Problem(dtype)
+def make(base=AdamW, dtype=torch.float64, gamma=0.7, lr=0.1, damping=DAMPING, kind=Problem, **options):
+    problem = kind(dtype)
     own = {name: options.pop(name) for name in ("beta2",) if name in options}
     opt = BLUR(problem.params, base, gamma=gamma, metric="retain", damping=damping, lr=lr, **options)
     for group in opt.param_groups if own else ():
@@ -104,4 +106,5 @@ CASES = {
     "SGD": (SGD, {"beta2": 0.99}),
     "SGD with momentum": (SGD, {"momentum": 0.9, "weight_decay": 0.1, "beta2": 0.8}),
     "SGD with Nesterov": (SGD, {"momentum": 0.9, "nesterov": True, "beta2": 0.99}),
+    "SGD that maximizes": (SGD, {"momentum": 0.9, "maximize": True, "weight_decay": 0.1, "beta2": 0.99}),
 }

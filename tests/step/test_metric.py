@@ -37,15 +37,102 @@ def _has_native():
     return not why_not("native", torch.device("cpu"))
 
 
+class Against(Problem):
+    """The two gradients oppose each other, where those of ``Problem`` agree."""
+
+    def retain_loss(self, part=0, parts=1):
+        return -super().retain_loss(part, parts)
+
+
+SMALL_GAMMA = 0.1  # So small that the barrier has something to hold back.
+agreeing_or_not = pytest.mark.parametrize("kind", [Problem, Against])
+
+
+@agreeing_or_not
 @pytest.mark.parametrize("rule", ["blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized"])
-def test_every_rule_works_in_the_metric(rule):
-    problem, opt = make(rule=rule)
-    twin = Problem()
-    equations = Equations(twin, AdamW, rule=rule)
+def test_every_rule_works_in_the_metric(rule, kind):
+    problem, opt = make(rule=rule, gamma=SMALL_GAMMA, kind=kind)
+    twin = kind()
+    equations = Equations(twin, AdamW, rule=rule, gamma=SMALL_GAMMA)
     for _ in range(3):
         step_by_closures(opt, problem)
         equations.step()
     assert_params_close(problem.params, twin.params, rtol=1e-11, atol=1e-12)
+
+
+# What a rule makes of unit gradients, by their cosine, gamma and alpha.
+OF_UNIT_GRADIENTS = {
+    "blur": lambda c, gamma, alpha: (gamma - alpha * c, alpha),
+    "retain_first": lambda c, gamma, alpha: (gamma, alpha - gamma * c),
+    "conflict": lambda c, gamma, alpha: (gamma - alpha * min(c, 0.0), alpha),
+    "barrier": lambda c, gamma, alpha: (max(gamma - alpha * c, 0.0), alpha),
+    "weighted_sum": lambda c, gamma, alpha: (gamma, alpha),
+}
+
+
+@pytest.mark.parametrize("step", [step_by_closures, step_by_phases])
+@agreeing_or_not
+@pytest.mark.parametrize("rule", OF_UNIT_GRADIENTS)
+def test_unit_gradients_are_those_of_the_metric(rule, kind, step):
+    """The rule sees the cosine in the metric; s, by which g_f is scaled before it is divided by its norm, is gone."""
+
+    class Normalized(Equations):
+        def coefficients(self, f, r, p):
+            norms = (f @ (p * f)).sqrt(), (r @ (p * r)).sqrt()
+            a, b = OF_UNIT_GRADIENTS[rule](r @ (p * f) / norms[0] / norms[1], self.gamma, self.alpha)
+            return a / norms[0], b / norms[1]
+
+    problem, opt = make(rule=rule, normalize=True, gamma=SMALL_GAMMA, retain_weight=1.3, kind=kind)
+    twin = kind()
+    equations = Normalized(twin, AdamW, gamma=SMALL_GAMMA, alpha=1.3)
+    for _ in range(3):
+        step(opt, problem)
+        equations.step()
+    assert_params_close(problem.params, twin.params, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"normalize": True}, {"rule": "normalized"}], ids=str)
+def test_with_unit_gradients_gamma_is_the_length_of_the_step_below_the_floor_too(options):
+    problem, opt = make(retain_weight=0.0, weight_decay=0.0, **options)
+    before = [p.detach().clone() for p in problem.params]
+    equations = Equations(Problem(), AdamW)
+    equations.step()
+    opt.step(lambda: 1e-25 * problem.forget_loss(), problem.retain_loss)
+    moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(problem.params, before, strict=True)])
+    assert float((moved.square() / equations.p).sum().sqrt()) == pytest.approx(0.7 * 0.1, rel=1e-10)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_rule_of_ones_own_sees_the_dots_in_the_metric(normalize):
+    """The shortest vector between the two weighted gradients, as in MGDA: in the metric, of P^(1/2) g."""
+    seen, expected = [], []
+
+    def shortest(dots, gamma, alpha):
+        seen.append([float(x) for x in (*dots, gamma, alpha)])
+        rf, ff, rr = gamma * alpha * dots[0], gamma**2 * dots[1], alpha**2 * dots[2]
+        t = (rr - rf) / (ff + rr - 2 * rf)
+        return gamma * t, float(alpha * (1 - t))
+
+    class Shortest(Equations):
+        def coefficients(self, f, r, p):
+            x, y = p.sqrt() * f, p.sqrt() * r
+            c, d = (1 / x.norm(), 1 / y.norm()) if normalize else (1 / (p * f).square().mean().sqrt(), 1.0)
+            expected.append([float(value) for value in (c * d * x @ y, c * c * x @ x, d * d * y @ y, 0.7, 1.3)])
+            between = 1.3 * d * y - 0.7 * c * x
+            t = float(1.3 * d * y @ between / between.square().sum())
+            assert 0.05 < t < 0.95
+            return 0.7 * t * c, 1.3 * (1 - t) * d
+
+    problem, opt = make(rule=shortest, normalize=normalize, retain_weight=1.3)
+    twin = Problem()
+    equations = Shortest(twin, AdamW)
+    for _ in range(3):
+        step_by_closures(opt, problem)
+        equations.step()
+    assert_params_close(problem.params, twin.params, rtol=1e-11, atol=1e-12)
+    assert len(seen) == 3
+    for mine, theirs in zip(seen, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-10)
 
 
 def test_the_identity_of_gamma():
@@ -191,6 +278,24 @@ def test_clipping_is_that_of_the_update_in_p_grad():
     run_phases(other, twin)
     nn.utils.clip_grad_norm_(twin.params, 0.1)
     assert_params_close([p.grad for p in problem.params], [p.grad for p in twin.params], rtol=1e-12, atol=1e-14)
+
+
+@backends
+@pytest.mark.parametrize(("base", "options"), [(AdamW, {}), (SGD, {"momentum": 0.9, "beta2": 0.8})])
+def test_clipped_steps_by_closures_are_those_of_the_equations(base, options, backend):
+    """The update is clipped, in the Euclidean norm, and not what v sees; below the limit nothing is."""
+    limit = 1.5
+    problem, opt = make(base, max_grad_norm=limit, backend=backend, **options)
+    twin = Problem()
+    equations = Equations(twin, base, max_grad_norm=limit, **options)
+    norms = []
+    for _ in range(5):
+        step_by_closures(opt, problem)
+        equations.step()
+        norms.append(float(equations.u.norm()))
+        assert float(opt.statistics.update_norm) == pytest.approx(norms[-1], rel=1e-10)
+    assert {norm > 0.999 * limit for norm in norms} == {True, False}
+    assert_params_close(problem.params, twin.params, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("scope", ["group", "parameter"])
