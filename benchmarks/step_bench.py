@@ -153,6 +153,7 @@ def candidates(
         return opt
 
     found = [Candidate(f"BLUR, rule={rule!r}", step_of(blur(rule=rule))) for rule in rules]
+    found.append(Candidate("BLUR, metric='retain'", step_of(blur(metric="retain"))))
     found.append(Candidate("BLUR, scope='parameter'", step_of(blur(scope="parameter"))))
     found.append(Candidate("BLUR, clipped", step_of(blur(max_grad_norm=1.0))))
     found.append(Candidate("BLUR, backend='foreach'", step_of(blur(backend="foreach"))))

@@ -51,9 +51,17 @@ MORE = (
 )
 QUICK = (Case("4x5000", "float32", operations=EVERY_OPERATION), Case("4x5000", "bfloat16", "int8"))
 NAMES = {LARGE: "128M", HUGE: "1.2G", MANY: "3000 tensors of 1000", LORA: "LoRA, 448 tensors of 65536"}
-#: What is held against the copy's bandwidth, at 128M elements and above; and of an AdamW(fused=True) step.
 LIMITED = ("dots", "blend", "AdamW on two gradients", "SGD on two gradients")
-LEAST_OF_COPY, MOST_OF_ADAMW = 0.9, {"float32": 1.5, "bfloat16": 1.3, "float16": 1.3}
+LIMITED_IN_METRIC = ("blend in the metric", "AdamW in the metric", "SGD in the metric")
+#: Of the copy's bandwidth, at 128M elements and above.
+LEAST_OF_COPY = dict.fromkeys((*LIMITED, *LIMITED_IN_METRIC), 0.9)
+#: With float32 gradients alone: with shorter ones arithmetic decides, as docs/kernels.md expects.
+LEAST_OF_COPY_FLOAT32 = {"dots in the metric": 0.8}
+#: Of AdamW(fused=True) steps, by the gradients' dtype. Bytes alone are 1.43 and 1.23, in the metric 1.57 and 1.38.
+MOST_OF_ADAMW = {
+    "whole update": {"float32": 1.5, "bfloat16": 1.3, "float16": 1.3},
+    "whole update in the metric": {"float32": 1.65, "bfloat16": 1.5, "float16": 1.5},
+}
 
 
 def run(context: Context, sheet: Sheet) -> None:
@@ -112,11 +120,12 @@ def hold_against_limits(results: Sequence[Result], case: Case, sheet: Sheet) -> 
     """Hold native and Triton against what they are to reach, where the problem is large enough to say so."""
     if case.size not in (LARGE, HUGE) or case.compiled:
         return
+    least = LEAST_OF_COPY | (LEAST_OF_COPY_FLOAT32 if case.dtype == "float32" else {})
     for result in results:
         if result.candidate not in ("native", "triton"):
             continue
         what = f"{result.operation}, {result.candidate}, {result.dtype}, {NAMES[case.size]}"
-        if result.operation == "whole update":
-            sheet.limit(f"{what}: AdamW(fused=True) steps", result.ratio, most=MOST_OF_ADAMW[case.dtype])
-        elif result.copy_share and result.operation in LIMITED:
-            sheet.limit(f"{what}: share of the copy", result.copy_share, least=LEAST_OF_COPY)
+        if most := MOST_OF_ADAMW.get(result.operation):
+            sheet.limit(f"{what}: AdamW(fused=True) steps", result.ratio, most=most[case.dtype])
+        elif result.copy_share and (share := least.get(result.operation)):
+            sheet.limit(f"{what}: share of the copy", result.copy_share, least=share)

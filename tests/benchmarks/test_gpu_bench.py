@@ -9,13 +9,17 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from gpu import report, runner
+from gpu import kernels, report, runner, seven, unlearn
 from gpu.context import Context, Sheet
 from gpu.stages import STAGES, Stage
+from harness import Result
+from unlearning.jobs import TUNE, setting_folder
+from unlearning.tracks import load_data
 
 from blur_optim.kernels import native
 
@@ -55,7 +59,83 @@ def test_every_stage_runs_without_a_gpu(tmp_path):
                 assert len([*csv.DictReader(file)]) > 1, stage.name
     (counts,) = results["tests"]["tables"]
     assert sum(row["passed"] for row in counts["rows"]) > 100
-    assert {row["operation"] for row in results["kernels"]["tables"][0]["rows"]} >= {"dots", "blend", "whole update"}
+    wide = {row["operation"] for row in results["kernels"]["tables"][0]["rows"]}
+    assert wide >= {"dots", "blend", "whole update", "dots in the metric", "whole update in the metric"}
+    for stage, column, number in (
+        ("step", "candidate", "device / AdamW"),
+        ("memory", "method", "peak"),
+        ("seven", "method", "seconds"),
+    ):
+        rows = {row[column]: row for row in results[stage]["tables"][0]["rows"]}
+        assert rows["BLUR, metric='retain'"][number] > 0, stage
+    check_unlearned(tmp_path / "work", results["unlearn"])
+
+
+def check_unlearned(work, result):
+    """All methods are in the tables; of what is not there, its absence is told."""
+    at_the_end = result["texts"][0]
+    labels = ("weighted sum", "BLUR in the retain metric", "normalized sum", "BLUR")
+    places = [at_the_end.index(f"| NPO + NLL: {label} |") for label in labels]
+    assert places == sorted(places)
+    context = Context("cpu", True, work, 0.0)
+    settings, sheet, cache = unlearn.quick_settings(context), Sheet(work / "again.json"), work / "unlearning-quick"
+    assert unlearn.left_out(settings, unlearn.show(settings, cache, sheet)) == {}
+    folder = setting_folder(cache, settings)
+    for path in (folder / "runs").glob("*.json"):
+        job = json.loads(path.read_text())["job"]
+        if job["method"] == "npo+nll/normalized" and job["stage"] != TUNE:
+            path.unlink()
+    found = unlearn.show(settings, cache, sheet)
+    assert unlearn.left_out(settings, found) == {"npo+nll/normalized": "left out"}
+    more = replace(settings, methods=(*settings.methods, "npo+nll/conflict"))  # Which was not tuned yet.
+    assert unlearn.left_out(more, found) == {"npo+nll/normalized": "left out", "npo+nll/conflict": "left out"}
+    described = json.loads((folder / "settings.json").read_text()) | {"seeds": [1, 2]}
+    (folder / "settings.json").write_text(json.dumps(described))
+    missing = unlearn.left_out(settings, unlearn.show(settings, cache, sheet))
+    assert missing["npo+nll/blur-metric"] == "1 of 2 runs left out"
+
+
+def test_what_matters_most_is_unlearned_first(tmp_path):
+    settings = unlearn.full_settings(Context("cuda", False, tmp_path, 0.0))
+    first, every = unlearn.parts(settings)
+    assert first.methods == ("npo+nll/weighted_sum", "npo+nll/blur-metric")
+    assert every.methods == (*first.methods, "npo+nll/normalized", "npo+nll/blur")
+    assert setting_folder(tmp_path, first) == setting_folder(tmp_path, every)  # So nothing is done twice.
+    assert (settings.lrs, settings.looks) == ((3e-4, 1e-4), 10)
+    forgotten = len(load_data(settings, 0).forget)
+    assert settings.steps * settings.batch_size == pytest.approx(10 * forgotten, rel=0.02)
+
+
+def result(operation, *, ratio=1.0, share=None):
+    return Result(operation, "native", "gradients", "128M", ratio, ratio, ratio, None, share, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "results", "verdicts"),
+    [
+        ("float32", [("whole update", 1.51, None), ("whole update in the metric", 1.64, None)], [False, True]),
+        ("bfloat16", [("whole update", 1.29, None), ("whole update in the metric", 1.51, None)], [True, False]),
+        ("float32", [("dots", 1, 0.89), ("dots in the metric", 1, 0.81), ("dots in the metric", 1, 0.79)], [0, 1, 0]),
+        ("bfloat16", [("dots in the metric", 1, 0.1), ("AdamW in the metric", 1, 0.89)], [False]),
+    ],
+)
+def test_kernels_are_held_against_their_limits(dtype, results, verdicts, tmp_path):
+    sheet = Sheet(tmp_path / "sheet.json")
+    found = [result(operation, ratio=ratio, share=share) for operation, ratio, share in results]
+    kernels.hold_against_limits(found, kernels.Case(kernels.LARGE, dtype), sheet)
+    assert [limit["reached"] for limit in sheet.limits] == verdicts
+    kernels.hold_against_limits(found, kernels.Case(kernels.MANY, dtype), sheet)
+    assert len(sheet.limits) == len(verdicts)  # Small tensors are held against nothing.
+
+
+@pytest.mark.parametrize(("peak", "reached"), [(64.05, True), (76.6, False)])
+def test_the_metric_is_to_take_no_more_memory(peak, reached, tmp_path):
+    sheet = Sheet(tmp_path / "sheet.json")
+    rows = {"weighted_sum": 52.0, "reference": 64.0, "metric": peak}
+    rows = {name: {"peak GiB": gib, "seconds": 1.0} for name, gib in rows.items()}
+    seven.hold_against_limits(rows, sheet, Context("cuda", False, tmp_path, 0.0))
+    (limit,) = [limit for limit in sheet.limits if "metric" in limit["what"]]
+    assert limit["reached"] is reached
 
 
 def test_without_a_gpu_it_says_how_to_rehearse(tmp_path):

@@ -228,7 +228,16 @@ def test_the_command_measures_every_method(tmp_path: Path) -> None:
     pytest.importorskip("torchjd", reason="needs torchjd: pip install 'blur_optim[bench]'")
     pytest.importorskip("pytorch_optimizer", reason="needs pytorch-optimizer: pip install 'blur_optim[bench]'")
     table = run_tiny(tmp_path)
-    others = {"weighted_sum", "two_backwards", "dots_in_hooks", "original", "torchjd", "torchjd_lean", "pcgrad"}
+    others = {
+        "weighted_sum",
+        "two_backwards",
+        "dots_in_hooks",
+        "original",
+        "torchjd",
+        "torchjd_lean",
+        "pcgrad",
+        "metric",
+    }
     assert others | set(STASHES) <= table.keys()
     assert all(row["time"] > 0 for row in table.values())
     assert table["weighted_sum"]["time"] == 1
@@ -276,9 +285,10 @@ def check_parts(table: dict[str, dict[str, float]]) -> None:
 def check_order(peak: dict[str, float]) -> None:
     by_size = [method for method in ("int8", "bfloat16", "reference", "original") if method in peak]
     assert by_size == sorted(by_size, key=peak.__getitem__)
-    ours = peak.keys() & {*STASHES, "recompute", "dots_in_hooks"}
+    ours = peak.keys() & {*STASHES, "recompute", "dots_in_hooks", "metric"}
     assert all(peak[method] <= peak["two_backwards"] + 1.01 for method in ours)
     assert all(max(peak[method] for method in ours) < peak[method] for method in ("original", "torchjd", "pcgrad"))
-    assert peak["dots_in_hooks"] == pytest.approx(peak["reference"], abs=0.01)
+    for method in ("dots_in_hooks", "metric"):
+        assert peak[method] == pytest.approx(peak["reference"], abs=0.01)
     if "recompute" in peak:
         assert peak["recompute"] < peak["reference"] - 0.5
