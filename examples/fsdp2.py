@@ -58,6 +58,7 @@ def make_optimizer(model: PreTrainedModel, options: argparse.Namespace) -> BLUR:
         gamma=options.gamma,
         retain_weight=options.retain_weight,
         rule=options.rule,
+        scope=options.scope,
         metric=options.metric,
         damping=options.damping,
         stash=options.stash,

@@ -58,6 +58,7 @@ def make_optimizer(params: Iterable[nn.Parameter], options: argparse.Namespace) 
         params,
         torch.optim.AdamW,
         rule=options.rule,
+        scope=options.scope,
         metric=options.metric,
         damping=options.damping,
         gamma=options.gamma,

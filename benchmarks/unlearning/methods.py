@@ -41,6 +41,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "pcgrad": {"rule": pcgrad},
     "forget-gain": {"rule": ForgetGain},
     "blur-metric": {"rule": "blur", **RETAIN_METRIC},
+    "metric-per-parameter": {"rule": "blur", **RETAIN_METRIC, "scope": "parameter"},
     "sum-metric": {"rule": "weighted_sum", **RETAIN_METRIC},
     "normalized-metric": {"rule": "normalized", **RETAIN_METRIC},
     "metric-warm-v": {"rule": "blur", **RETAIN_METRIC},

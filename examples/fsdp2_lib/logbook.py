@@ -71,7 +71,7 @@ class Logbook:
 
 def _as_text(record: dict[str, Any]) -> str:
     a = record["forget_coefficient"]
-    a = f"{a:.3g}" if isinstance(a, float) else "/".join(f"{value:.3g}" for value in a)
+    a = f"{a:.3g}" if isinstance(a, float) else f"{min(a):.3g} to {max(a):.3g}"
     return (
         f"step {record['step']:>5}  forget {record['forget_loss']:.4f}  retain {record['retain_loss']:.4f}  "
         f"cos {record['cosine']:+.3f}  |g_f| {record['forget_norm']:.3g}  |g_r| {record['retain_norm']:.3g}  ξ {a}  "

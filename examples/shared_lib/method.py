@@ -6,12 +6,20 @@ from .arguments import not_negative
 
 RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
 METRICS = ("euclidean", "retain")
+SCOPES = ("global", "group", "parameter")
 DAMPING = 0.01
 
 
 def add_rule_and_metric(group: argparse._ArgumentGroup) -> None:
-    """Add ``--rule``, ``--metric`` and ``--damping``."""
+    """Add ``--rule``, ``--scope``, ``--metric`` and ``--damping``."""
     group.add_argument("--rule", choices=RULES, default="blur", help="how the two gradients meet (default: blur)")
+    group.add_argument(
+        "--scope",
+        choices=SCOPES,
+        default="global",
+        help="over what the gradients are compared; with --metric retain, parameter lets every tensor forget "
+        "(default: global)",
+    )
     group.add_argument(
         "--metric",
         choices=METRICS,

@@ -27,7 +27,6 @@ examples:
 METHODS = ("npo", "simnpo", "ga", "dpo", "margin")
 WITHOUT_BETA = ("ga", "margin")
 RETAIN_LOSSES = ("nll", "kl")
-SCOPES = ("global", "group", "parameter")
 STASHES = ("reference", "bfloat16", "int8", "cpu")
 SCHEDULERS = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -141,9 +140,6 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gamma", type=positive, default=1.0, metavar="X", help="weight of forgetting (default: 1)")
     group.add_argument("--retain-weight", type=positive, default=1.0, metavar="X", help="(default: 1)")
     group.add_argument("--normalize", action="store_true", help="apply the rule to gradients of length 1")
-    group.add_argument(
-        "--scope", choices=SCOPES, default="global", help="over what the gradients are compared (default: global)"
-    )
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:

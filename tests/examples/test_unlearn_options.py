@@ -45,7 +45,7 @@ def test_names_are_those_of_the_library() -> None:
     assert set(options_module.METHODS) == set(FORGET_LOSSES) - {"idk"}
     assert options_module.RETAIN_LOSSES == RETAIN_LOSSES
     helps = {field.name: field.metadata.get("help", "") for field in fields(BLURTrainingArguments)}
-    for name, choices in (("scope", options_module.SCOPES), ("stash", options_module.STASHES)):
+    for name, choices in (("scope", method.SCOPES), ("stash", options_module.STASHES)):
         assert re.findall(r"'(\w+)'", helps[name]) == list(choices)
 
 

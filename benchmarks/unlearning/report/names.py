@@ -40,6 +40,7 @@ COMBINATIONS = {
     "primal-dual": "PDU",
     "dampening": "SSD",
     "blur-metric": "BLUR in the retain metric",
+    "metric-per-parameter": "BLUR in the retain metric, by tensor",
     "sum-metric": "weighted sum in the retain metric",
     "normalized-metric": "normalized sum in the retain metric",
     "metric-of-sum": "metric of the sum",
