@@ -52,7 +52,7 @@ FULL_METHODS = (
 )
 
 HELD_OUT = (
-    *("weighted_sum", "blur", "conflict", "normalized", "blur-metric"),
+    *("weighted_sum", "blur", "conflict", "normalized", "blur-metric", "metric-per-parameter"),
     *("dual-moments", "retain-normal", "forget-gain"),
 )
 HELD_OUT_METHODS = (
