@@ -5,9 +5,9 @@ that of ``make bench-unlearning``.
 
 What two minutes hold is counted and not measured. A step on 2 x 32 rows is 5600 tokens with padding, 31 ms at 180,000
 tokens/s forward and backward, which is 100 TFLOPS of an H100 in TF32. A run of 62 steps with ten looks is 2.4 s, the
-training of both models half a minute (12 epochs), and starting processes twenty seconds: so the ``FIRST`` methods, 14
-runs, are there after 90 s of the 108 s that there are at most, and all, 28 runs, after 130 s. All of TOFU, with twice
-the rows and the steps, would take 150 s for the first alone.
+training of both models half a minute (12 of at most 20 epochs), and starting processes twenty seconds: so the ``FIRST``
+methods, 14 runs, are there after 90 s of the 108 s that there are at most, and all, 28 runs, after 130 s. All of TOFU,
+with twice the rows and the steps, would take 150 s for the first alone.
 """
 
 import json

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from blur_optim.losses import nll_loss, sequence_log_probs, token_counts
+from blur_optim.step.metric import AHEAD
 
 from .jobs import Job
 from .losses import Before, Losses, batch_rows
@@ -87,7 +88,7 @@ class Unlearning:
         self.diverged = not all(math.isfinite(self.path[-1][kind]["log_prob"]) for kind in KINDS)
 
     def _see_retain_rows(self, count: int) -> None:
-        """Take steps of length 0 with retain gradients alone: the optimizer's averages move, and nothing else."""
+        """Let the second moments see retain gradients, in steps of length 0 whose other traces are wiped out."""
         others = 2 * self.job.seed + 1000  # No run's order of batches.
         rows = endless_batches(self.task.retain, self.settings.batch_size, others, self.model.device)
         for group in self.optimizer.param_groups:
@@ -101,6 +102,10 @@ class Unlearning:
             self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = self.job.lr
+        for state in self.optimizer.base.state.values():
+            state[AHEAD] += state["step"]
+            state["step"].zero_()
+            state["exp_avg"].zero_()
 
     def look(self, step: int) -> Look:
         """Measure probabilities of the answers on rows of every kind, and what the track watches."""

@@ -117,7 +117,7 @@ WMDP_HELD_OUT = replace(
 
 def in_paper_units(methods: tuple[str, ...]) -> tuple[str, ...]:
     """Leave out those in the metric, where γ is about 1 whatever the loss: the paper's weights mean nothing there."""
-    return tuple(method for method in methods if not method.endswith("-metric"))
+    return tuple(method for method in methods if "metric" not in method)
 
 
 # arXiv:2506.08164, for one GPU of more than 80 GB: two models of 7B parameters, two sets of gradients and AdamW's

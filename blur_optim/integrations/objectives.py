@@ -99,15 +99,25 @@ def make_forget_loss(loss: str | Loss, reference: Reference, *, beta: float | No
         loss: ``"ga"``, ``"npo"``, ``"simnpo"``, ``"dpo"`` (or ``"idk"``, the same), ``"margin"`` (of the logits), or a
             function, returned as it is.
         reference: for NPO and DPO.
-        beta: inverse temperature, > 0; None for the default of :mod:`blur_optim.losses`.
-        delta: SimNPO's reward margin.
+        beta: inverse temperature, > 0; None for the default of :mod:`blur_optim.losses`, and for what has none.
+        delta: SimNPO's reward margin; 0 for other losses.
     Raises:
-        ValueError: there is no loss of that name, or ``beta`` is not positive.
+        ValueError: there is no loss of that name; ``beta`` is not positive, or given to a loss that has none; ``delta``
+            is given to another loss than SimNPO.
     """
     if beta is not None:
         check_positive("beta", beta)
     if callable(loss):
         return loss
+    if loss in FORGET_LOSSES and beta is not None and loss not in TEMPERED_LOSSES:
+        raise ValueError(
+            f"`beta` must be None with forget_loss={loss!r}, which has none, got {beta!r}. It is for "
+            f"{', '.join(TEMPERED_LOSSES)}."
+        )
+    if loss in FORGET_LOSSES and delta and loss != "simnpo":
+        raise ValueError(
+            f"`simnpo_delta` must be 0 with forget_loss={loss!r}, got {delta!r}. It is SimNPO's reward margin."
+        )
     options: dict[str, Any] = {} if beta is None else {"beta": beta}
     made: dict[str, Loss] = {
         "ga": lambda model, batch: ga_loss(logits_of(model, batch), batch["labels"]),

@@ -164,22 +164,24 @@ def logit_margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
     .. math:: L_{margin} = \frac{1}{\sum_i |y_i|} \sum_{i,t}
         \Big(\max_v z_{i,t,v} - \frac{1}{V} \sum_v z_{i,t,v}\Big)^2      (PDU, arXiv:2506.05314)
 
-    z: the logits that predict an answer token. Unlike NPO and SimNPO it is bounded below and has a minimum that can be
-    reached, the uniform prediction, so a run stops by itself; it needs no reference. What was likely instead of the
-    answer is flattened too. As a square of logits its gradient is large at first: in the Euclidean step and the
-    weighted sum γ is about 0.01, with ``metric="retain"``, which rescales it, of the size it has for the other losses.
+    z: the logits that predict an answer token; the paper's code takes the prompt's and the padding's too. NPO and
+    SimNPO only come near their least value, 0, the further the less likely an answer is; this one reaches it, at the
+    uniform prediction, so a run ends by itself. It needs no reference. What was likely instead of the answer is
+    flattened too. As a square of logits its gradient is large at first: in the Euclidean step and the weighted sum γ is
+    about 0.01, with ``metric="retain"``, which rescales it, of the size it has for the other losses.
 
     Args:
-        logits: [B, T, V], floating point and finite: a padded vocabulary masked with -inf has no mean.
+        logits: [B, T, V], floating point: a padded vocabulary masked with -inf, or a large negative number, has no
+            mean worth the name, and the loss is not finite.
         labels: [B, T] int64; -100 marks what takes no part. Only where they are counts, not which.
     Returns:
         0-d float32, >= 0; 0 for a batch without labels.
     Raises:
         TypeError, ValueError: as :func:`sequence_log_probs`.
+    Cost: keeps no float32 copy of the logits for backward; backward makes one, on the CPU forward too.
     """
     check_logits(logits, labels)
     predicted = _predicted(labels)
-    # Reduced before it is widened: a float32 copy of bfloat16 logits would be twice their size.
     largest = upcast(logits.max(dim=-1).values)
     margins = (largest - logits.mean(dim=-1, dtype=largest.dtype)).masked_fill(~predicted, 0.0)
     return masked_mean(margins.square(), predicted)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from shared_lib.method import coefficient_text
 from torch import Tensor
 from tqdm import tqdm
 
@@ -70,11 +71,10 @@ class Logbook:
 
 
 def _as_text(record: dict[str, Any]) -> str:
-    a = record["forget_coefficient"]
-    a = f"{a:.3g}" if isinstance(a, float) else f"{min(a):.3g} to {max(a):.3g}"
     return (
         f"step {record['step']:>5}  forget {record['forget_loss']:.4f}  retain {record['retain_loss']:.4f}  "
-        f"cos {record['cosine']:+.3f}  |g_f| {record['forget_norm']:.3g}  |g_r| {record['retain_norm']:.3g}  ξ {a}  "
+        f"cos {record['cosine']:+.3f}  |g_f| {record['forget_norm']:.3g}  |g_r| {record['retain_norm']:.3g}  "
+        f"ξ {coefficient_text(record['forget_coefficient'])}  "
         f"{record['tokens_per_second']:.0f} tokens/s  {record['peak_gib']:.2f} GiB"
     )
 

@@ -110,7 +110,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_losses(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("losses; what is to be kept has the negative log-likelihood")
-    group.add_argument("--forget-loss", choices=FORGET_LOSSES, default="npo", help="(default: npo)")
+    group.add_argument(
+        "--forget-loss",
+        choices=FORGET_LOSSES,
+        default="npo",
+        help="margin: with --metric retain, or a --gamma of about 0.01 (default: npo)",
+    )
     group.add_argument(
         "--beta", type=positive, metavar="X", help="inverse temperature of npo and simnpo (default: 0.1, 2.5)"
     )

@@ -30,6 +30,11 @@ def add_rule_and_metric(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--damping", type=not_negative, metavar="X", help=f"of --metric retain (default: {DAMPING:g})")
 
 
+def coefficient_text(value: float | list[float]) -> str:
+    """Write a coefficient of a step, or the range of those of its groups or tensors."""
+    return f"{min(value):.3g} to {max(value):.3g}" if isinstance(value, list) else f"{value:.3g}"
+
+
 def check_metric(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Fill in the damping; leave where options were given that the metric does not go with."""
     if options.damping is not None and options.metric != "retain":

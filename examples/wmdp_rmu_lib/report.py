@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from shared_lib.method import coefficient_text
 from shared_lib.models import Model, Tokenizer, save_model
 
 PACKAGES = ("blur_optim", "torch", "transformers", "datasets", "lm_eval")
@@ -23,7 +24,8 @@ def as_line(record: dict[str, Any]) -> str:
     return (
         f"step {record['step']:>4}  {record['corpus']}  forget {record['forget_loss']:.4g}  "
         f"retain {record['retain_loss']:.4g}  cos {record['cosine']:+.3f}  |g_f| {record['forget_norm']:.3g}  "
-        f"|g_r| {record['retain_norm']:.3g}  a {record['forget_coefficient']:.3g}  b {record['retain_coefficient']:.3g}"
+        f"|g_r| {record['retain_norm']:.3g}  a {coefficient_text(record['forget_coefficient'])}  "
+        f"b {coefficient_text(record['retain_coefficient'])}"
     )
 
 

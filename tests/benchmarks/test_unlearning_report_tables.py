@@ -313,13 +313,14 @@ def test_what_is_kept_at_the_end_is_compared_by_seed(tmp_path: Path) -> None:
     ends = {(SUM, 1): 0.9, (SUM, 2): 0.8, (BLUR, 1): 0.95, (BLUR, 2): 0.83}
     runs = [make_run(name, 1.0, seed, [START, kept(-1.0, share)]) for (name, seed), share in ends.items()]
     summary = summary_of(tmp_path, runs)
-    [(label, forget, retain, untouched)] = tables.ends_table(summary).rows
+    [(label, forget, retain, untouched, pairs)] = tables.ends_table(summary).rows
+    assert pairs is forget
     assert label == "NPO + NLL: BLUR"
     assert (forget.mean, forget.wins, untouched.mean) == (0.0, 0, 0.0)
     assert (retain.mean, retain.wins, retain.pairs) == (pytest.approx(0.9 * 0.04), 2, 2)
     assert retain.low < 0 < retain.high
     [row] = record(summary, {"selected": (tables.ends_table(summary),)})["tables"]["ends"]["rows"]
-    assert [cell["mean"] for cell in row[1:]] == pytest.approx([0.0, 0.036, 0.0])
+    assert [cell["mean"] for cell in row[1:]] == pytest.approx([0.0, 0.036, 0.0, 0.0])
     assert tables.ends_table(summary_of(tmp_path / "alone", runs[:2], methods=(SUM,))) is None
 
 

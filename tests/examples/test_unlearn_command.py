@@ -92,7 +92,7 @@ FLAVOURS = {
         "0.5",
     ],
     "dpo": ["--method", "dpo", "--accumulation", "2", "--max-grad-norm", "0", "--dtype", "bfloat16"],
-    "margin": ["--method", "margin", "--metric", "retain", "--lr", "1e-3"],
+    "margin": ["--method", "margin", "--metric", "retain", "--scope", "parameter", "--lr", "1e-3"],
     "metric": ["--metric", "retain", "--damping", "0.1", "--gamma", "0.5", "--lr", "1e-3"],
     "npo, kl": ["--retain-loss", "kl", "--bf16", "--gradient-checkpointing", "--eval-fraction", "0"],
 }

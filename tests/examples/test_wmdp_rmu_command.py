@@ -209,6 +209,13 @@ def test_a_run_in_the_metric(home: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert all(step["retain_loss"] < 10 * step["forget_loss"] for step in steps)
 
 
+def test_tensors_with_a_scale_of_their_own(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--metric", "retain", "--scope", "parameter", "--lr", "1e-3"]
+    run_here(monkeypatch, home, tmp_path, "--steps", "2", "--no-model", *options)
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert len(set(steps[1]["forget_coefficient"])) == len(steps[1]["forget_coefficient"]) > 1
+
+
 def test_the_command_line_is_met_before_the_slow_imports(tmp_path: Path) -> None:
     """torch is made impossible to import: what is told without it was told before."""
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")

@@ -104,7 +104,17 @@ def test_losses_of_ones_own(tmp_path):
 )
 def test_an_option_of_another_loss_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        arguments(tmp_path, **options)
+        trainer(tmp_path, **options)
+
+
+def test_an_option_is_that_of_the_loss_that_is_trained(tmp_path):
+    """Which a name given to the trainer may be, in place of the arguments' own."""
+    made = trainer(tmp_path, simnpo_delta=0.5, beta=1.0, more={"forget_loss": "simnpo"})
+    assert made.chosen_losses[0] == "simnpo"
+    with pytest.raises(ValueError, match=r"`beta` must be None with forget_loss='ga'"):
+        trainer(tmp_path, beta=1.0, more={"forget_loss": "ga"})
+    with pytest.raises(ValueError, match=r"`forget_loss` must be one of .*got 'simpno'"):
+        trainer(tmp_path, beta=1.0, simnpo_delta=0.5, forget_loss="simpno")
 
 
 def test_unused_columns(tmp_path):

@@ -80,10 +80,11 @@ SECTIONS = {
     "gradients": (
         "How the gradients met",
         "gradients",
-        "At the selected weight. The update is u = ξ·g_f + α·g_r with ξ = γ − α·c and c = ⟨g_r, g_f⟩/‖g_f‖²; for the "
-        "weighted sum ξ = γ. Opposed: ⟨g_r, g_f⟩ < 0. Ranges are over all steps and seeds. In the metric of the "
-        "retain loss the same angle is another. *Effective share*: of the coordinates, how many carry x = P g_f, the "
-        "direction that forgets, before any tensor has a scale of its own: (Σx²)²/(n·Σx⁴), median over a run's steps.",
+        "At the selected weight. For BLUR without a metric the update is u = ξ·g_f + α·g_r with ξ = γ − α·c and "
+        "c = ⟨g_r, g_f⟩/‖g_f‖²; for the weighted sum ξ = γ. Opposed: ⟨g_r, g_f⟩ < 0. Ranges are over all steps and "
+        "seeds. *cos in the metric*: by ⟨g_r, P g_f⟩. *Effective share*: of the coordinates, how many carry x = P g_f, "
+        "the direction that forgets (without the tensors' own scales of scope='parameter'): (Σx²)²/(n·Σx⁴), median "
+        "over a run's steps.",
     ),
     "weights": (
         "Every weight",

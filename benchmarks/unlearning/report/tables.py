@@ -43,8 +43,8 @@ def ends_table(summary: Summary) -> Table | None:
     for method in summary.methods:
         found = [summary.of_ends(method, kind) for kind in KINDS]
         if any(found):
-            rows.append((method.method.label, *found))
-    columns = (METHOD, *(Column(f"p_{kind}", "paired") for kind in KINDS))
+            rows.append((method.method.label, *found, found[0]))
+    columns = (METHOD, *(Column(f"p_{kind}", "paired") for kind in KINDS), Column("pairs of seeds", "pairs"))
     return Table("ends", "Minus the weighted sum", columns, tuple(rows)) if rows else None
 
 
