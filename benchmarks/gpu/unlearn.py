@@ -30,8 +30,9 @@ from unlearning.settings import Learning, Settings
 from .context import Context, Sheet
 
 LOSSES = "npo+nll"
-#: What is worth most comes first: the table of the ``FIRST`` two is there before the others are begun.
-COMBINED, FIRST = ("weighted_sum", "blur-metric", "normalized", "blur"), 2
+#: What is worth most comes first: the table of ``FIRST`` is there before the others are begun.
+FIRST = ("weighted_sum", "blur-metric")
+COMBINED = (*FIRST, "normalized", "blur")
 #: The paper unlearns for 10 epochs; the rows of ten authors.
 EPOCHS, ROWS, BATCH = 10, 200, 32
 #: Before the stage's end, the table of what is there is written.
@@ -127,7 +128,7 @@ def quick_settings(context: Context) -> Settings:
 
 def parts(settings: Settings) -> tuple[Settings, ...]:
     """The first methods, then all of them: what is done is found by those that come after."""
-    return replace(settings, methods=settings.methods[:FIRST]), settings
+    return replace(settings, methods=settings.methods[: len(FIRST)]), settings
 
 
 def work(settings: Settings, cache: Path, processes: int) -> None:

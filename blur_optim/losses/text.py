@@ -171,8 +171,8 @@ def logit_margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
     about 0.01, with ``metric="retain"``, which rescales it, of the size it has for the other losses.
 
     Args:
-        logits: [B, T, V], floating point: a padded vocabulary masked with -inf, or a large negative number, has no
-            mean worth the name, and the loss is not finite.
+        logits: [B, T, V], floating point, of the vocabulary alone: padding that is masked with -inf or a large negative
+            number would be in the mean.
         labels: [B, T] int64; -100 marks what takes no part. Only where they are counts, not which.
     Returns:
         0-d float32, >= 0; 0 for a batch without labels.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared_lib.arguments import not_negative, positive, whole
-from shared_lib.method import add_rule_and_metric, check_metric
+from shared_lib.method import add_rule_and_metric, check_beta, check_metric
 
 DESCRIPTION = """\
 Let a causal language model of any size forget with BLUR, sharded over N processes by FSDP2.
@@ -26,7 +26,6 @@ examples:
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORGET_LOSSES = ("npo", "ga", "simnpo", "margin")
-WITHOUT_BETA = ("ga", "margin")
 STASHES = ("reference", "bfloat16", "int8", "cpu", "recompute")
 
 
@@ -40,8 +39,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     with first_rank_speaks():
         options = parser.parse_args(arguments)
         check_metric(parser, options)
-        if options.beta is not None and options.forget_loss in WITHOUT_BETA:
-            parser.error(f"argument --beta: --forget-loss {options.forget_loss} has none; it is for npo and simnpo")
+        check_beta(parser, options, "forget-loss")
         if options.resume and not options.out.is_dir():
             parser.error(f"argument --resume: there is nothing to resume in {options.out}, which does not exist")
     # The arguments are those of the first start.

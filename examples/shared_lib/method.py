@@ -7,6 +7,7 @@ from .arguments import not_negative
 RULES = ("blur", "retain_first", "conflict", "barrier", "weighted_sum", "normalized")
 METRICS = ("euclidean", "retain")
 SCOPES = ("global", "group", "parameter")
+WITHOUT_BETA = ("ga", "margin")
 DAMPING = 0.01
 
 
@@ -33,6 +34,13 @@ def add_rule_and_metric(group: argparse._ArgumentGroup) -> None:
 def coefficient_text(value: float | list[float]) -> str:
     """Write a coefficient of a step, or the range of those of its groups or tensors."""
     return f"{min(value):.3g} to {max(value):.3g}" if isinstance(value, list) else f"{value:.3g}"
+
+
+def check_beta(parser: argparse.ArgumentParser, options: argparse.Namespace, loss: str) -> None:
+    """Leave where ``--beta`` was given to a forget loss that has none; ``loss`` is the option that names it."""
+    chosen = getattr(options, loss.replace("-", "_"))
+    if options.beta is not None and chosen in WITHOUT_BETA:
+        parser.error(f"argument --beta: --{loss} {chosen} has none; leave it out")
 
 
 def check_metric(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

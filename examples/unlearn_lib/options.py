@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_lib.arguments import fraction, not_negative, positive, whole
-from shared_lib.method import add_rule_and_metric, check_metric
+from shared_lib.method import add_rule_and_metric, check_beta, check_metric
 
 DESCRIPTION = """\
 Let a causal language model forget the rows of one file and keep those of another, with BLUR.
@@ -25,7 +25,6 @@ examples:
   accelerate launch --num_processes 4 examples/unlearn.py --model folder --forget forget.jsonl --retain retain.jsonl"""
 
 METHODS = ("npo", "simnpo", "ga", "dpo", "margin")
-WITHOUT_BETA = ("ga", "margin")
 RETAIN_LOSSES = ("nll", "kl")
 STASHES = ("reference", "bfloat16", "int8", "cpu")
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -76,8 +75,7 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
         )
     if options.stop_at is None and options.stop_every != parser.get_default("stop_every"):
         parser.error("argument --stop-every: needs --stop-at FILE_OR_NAME, which was not given")
-    if options.beta is not None and options.method in WITHOUT_BETA:
-        parser.error(f"argument --beta: --method {options.method} has none; it is for npo, simnpo and dpo")
+    check_beta(parser, options, "method")
     names = [*RESERVED_SETS, *(name for name, _ in options.eval)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

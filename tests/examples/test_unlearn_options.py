@@ -22,7 +22,7 @@ from unlearn_lib.rows import KINDS, parse_row
 from unlearn_lib.run_folder import RunFolder, write_json
 from unlearn_lib.sources import check_files
 
-from blur_optim.integrations.objectives import FORGET_LOSSES, RETAIN_LOSSES
+from blur_optim.integrations.objectives import FORGET_LOSSES, RETAIN_LOSSES, TEMPERED_LOSSES
 from blur_optim.integrations.transformers import BLURTrainingArguments
 from blur_optim.step.rules import RULES
 from blur_optim.step.settings import METRICS
@@ -42,6 +42,7 @@ NEEDED = ["--model", "m", "--forget", "f.jsonl", "--retain", "r.jsonl"]
 def test_names_are_those_of_the_library() -> None:
     assert tuple(RULES) == method.RULES
     assert method.METRICS == METRICS
+    assert set(method.WITHOUT_BETA) == set(FORGET_LOSSES) - set(TEMPERED_LOSSES)
     assert set(options_module.METHODS) == set(FORGET_LOSSES) - {"idk"}
     assert options_module.RETAIN_LOSSES == RETAIN_LOSSES
     helps = {field.name: field.metadata.get("help", "") for field in fields(BLURTrainingArguments)}
