@@ -32,6 +32,7 @@ CHANGES = (
     "stop",
 )
 CHANGED_LISTS = ("lrs", "tuning_weights", "blocks")
+TRAINING = ("training_lr",)
 SOURCES = ("data", "retrained", "gguf_file", "retain_data", "questions", "utility_questions")
 FIELDS = (*SOURCES, *CHANGES, "name", "device", "dtype")
 LISTS = ("methods", "seeds", *CHANGED_LISTS)
@@ -71,6 +72,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, metavar="N", help="held-out seeds (default: 1 2 3); 0 is for tuning")
     add("--lrs", nargs="+", type=float, metavar="LR", help="learning rates that tuning tries, each with each weight")
     add("--tuning-weights", nargs="+", type=float, metavar="W", help="weights that it tries, as shares of the largest")
+    add("--training-lr", type=float, metavar="LR", help="at which target and retrained model learn their rows")
     add("--authors", type=int, metavar="N", help="tofu: of how many authors a model knows the rows")
     add("--blocks", nargs="+", type=int, metavar="N", help="tofu: the first author of each target: to tune, to compare")
     add("--steps", type=int, metavar="N", help="of unlearning")
@@ -105,7 +107,7 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error("--data must be that of one --track. For several, give --data-dir.")
     if options.name and len(options.track) > 1:
         parser.error("--name must be that of the report of one --track, and there are several.")
-    other = [name for name in (*CHANGES, *CHANGED_LISTS) if getattr(options, name) is not None]
+    other = [name for name in (*CHANGES, *CHANGED_LISTS, *TRAINING) if getattr(options, name) is not None]
     if other and not options.name and options.form != "paper":
         flag = f"--{other[0].replace('_', '-')}"
         parser.error(f"--name must be given with {flag}: these are other results than the preset's.")
@@ -136,6 +138,8 @@ def make_settings(options: argparse.Namespace, track: str) -> Settings:
     if "blocks" in lists:
         given["targets"] = len(lists["blocks"])
     settings = replace(preset(track, options.form, options.subset), **given, **lists)
+    if options.training_lr is not None:
+        settings = settings.trained_at(options.training_lr)
     # What was measured on invented authors has another name than what was measured on TOFU.
     return replace(settings, name=settings.name.replace("invented", "tofu")) if settings.data else settings
 

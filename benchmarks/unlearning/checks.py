@@ -32,6 +32,8 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             f"--embeddings must be trained with --lora-rank, and frozen or only without, got {settings.embeddings!r}."
         )
+    if settings.learning is not None and not 0 < settings.learning.lr < math.inf:
+        raise InputError(f"--training-lr must be positive, got {settings.learning.lr}.")
     for name in ("steps", "batch_size", "accumulation", "looks"):
         if getattr(settings, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}.")

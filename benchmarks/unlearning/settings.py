@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from shared_lib.errors import InputError
+
 from .small_models import SIZES
 
 
@@ -117,6 +119,16 @@ class Settings:
     def is_small(self) -> bool:
         """Whether the model is trained from nothing, with a tokenizer of its own."""
         return self.model in SIZES
+
+    def trained_at(self, lr: float) -> "Settings":
+        """Return the same with another learning rate for target and retrained model.
+
+        Raises:
+            InputError: none is trained.
+        """
+        if self.learning is None:
+            raise InputError(f"--training-lr must be left out with --form {self.form}, whose models know their data.")
+        return replace(self, learning=replace(self.learning, lr=lr))
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` takes."""

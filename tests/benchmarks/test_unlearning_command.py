@@ -207,6 +207,11 @@ WRONG = {
     "no steps": (["--steps", "0", "--name", "x"], "--steps must be at least 1, got 0"),
     "a warm-up beyond the steps": (["--warm-up", "2", "--name", "x"], "--warm-up must be a share of the steps"),
     "no learning rate": (["--lrs", "0", "--name", "x"], "--lrs must be positive and different, got 0.0"),
+    "a training rate of 0": (["--training-lr", "0", "--name", "x"], "--training-lr must be positive, got 0.0"),
+    "a training rate for models that are given": (
+        ["--training-lr", "1e-3", "--form", "paper"],
+        "--training-lr must be left out with --form paper, whose models know their data",
+    ),
     "a weight twice": (["--tuning-weights", "1", "1", "--name", "x"], "--tuning-weights must be positive and differ"),
     "a learning rate that is none": (["--lrs", "nan", "--name", "x"], "--lrs must be positive and different, got nan"),
     "blocks that share rows": (["--blocks", "0", "3", "--name", "x"], "--blocks must be at least --authors apart"),
@@ -248,6 +253,7 @@ def test_what_cannot_be_is_met_with_one_line_before_anything_is_begun(
 USAGE = {
     "a model without a name": (["--model", "3m"], "--name must be given with --model"),
     "a subset without a name": (["--subset", "forget05"], "--name must be given with --subset"),
+    "a training rate without a name": (["--training-lr", "1e-3"], "--name must be given with --training-lr"),
     "a grid without a name": (["--tuning-weights", "1", "3"], "--name must be given with --tuning-weights"),
     "steps without a name": (["--steps", "9"], "--name must be given with --steps"),
     "a name for several tracks": (
@@ -287,7 +293,8 @@ def test_options_change_the_preset_and_nothing_else() -> None:
     assert make_settings(parse_options([]), "tofu") == TINY
     options = (
         "--methods npo+kl/blur --seeds 4 5 --steps 9 --model 3m --name mine --subset forget05 --data there "
-        "--lrs 1e-3 1e-2 --tuning-weights 1 3 --authors 30 --blocks 0 40 80 --warm-up 0 --embeddings only"
+        "--lrs 1e-3 1e-2 --tuning-weights 1 3 --authors 30 --blocks 0 40 80 --warm-up 0 --embeddings only "
+        "--training-lr 5e-4"
     )
     assert make_settings(parse_options(options.split()), "tofu") == replace(
         TINY,
@@ -305,4 +312,5 @@ def test_options_change_the_preset_and_nothing_else() -> None:
         targets=3,
         warm_up=0.0,
         embeddings="only",
+        learning=replace(TINY.learning, lr=5e-4),
     )
