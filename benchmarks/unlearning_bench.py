@@ -32,7 +32,6 @@ CHANGES = (
     "stop",
 )
 CHANGED_LISTS = ("lrs", "tuning_weights", "blocks")
-TRAINING = ("training_lr",)
 SOURCES = ("data", "retrained", "gguf_file", "retain_data", "questions", "utility_questions")
 FIELDS = (*SOURCES, *CHANGES, "name", "device", "dtype")
 LISTS = ("methods", "seeds", *CHANGED_LISTS)
@@ -107,7 +106,7 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error("--data must be that of one --track. For several, give --data-dir.")
     if options.name and len(options.track) > 1:
         parser.error("--name must be that of the report of one --track, and there are several.")
-    other = [name for name in (*CHANGES, *CHANGED_LISTS, *TRAINING) if getattr(options, name) is not None]
+    other = [name for name in (*CHANGES, *CHANGED_LISTS, "training_lr") if getattr(options, name) is not None]
     if other and not options.name and options.form != "paper":
         flag = f"--{other[0].replace('_', '-')}"
         parser.error(f"--name must be given with {flag}: these are other results than the preset's.")
